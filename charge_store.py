@@ -1,0 +1,278 @@
+"""The outside world: a ledger that plays the payment provider, the warehouse and the carrier.
+
+Temporal runs an activity again until it has an answer, so a provider may be asked twice. Only the
+one who is asked can make that harmless, by an idempotency key; an activity cannot. This file is
+that provider, in one SQLite file, with no Temporal in it. Beside the ledger stands the audit
+trail: an event for each attempt, fault, human decision and outcome.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import sqlite3
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS effects (
+    kind TEXT, idempotency_key TEXT, order_id TEXT, customer_id TEXT, amount_cents INTEGER,
+    status TEXT, requests INTEGER, created_at REAL, PRIMARY KEY (kind, idempotency_key)
+);
+CREATE INDEX IF NOT EXISTS effects_by_order ON effects (order_id);
+CREATE VIEW IF NOT EXISTS charges AS
+    SELECT idempotency_key, order_id, customer_id, amount_cents, status, requests, created_at
+    FROM effects WHERE kind = 'charge';
+CREATE TABLE IF NOT EXISTS events (
+    id INTEGER PRIMARY KEY, order_id TEXT, type TEXT, attempt INTEGER, payload_json TEXT, ts REAL
+);
+CREATE INDEX IF NOT EXISTS events_by_order ON events (order_id, type);
+"""
+# What each kind of effect is called in force and when undone. A package that left stays away.
+IN_FORCE = {"charge": "charged", "reservation": "reserved", "dispatch": "dispatched"}
+UNDONE = {"charge": "refunded", "reservation": "released", "dispatch": "dispatched"}
+
+
+class PaymentConflict(Exception):
+    """The idempotency key belongs to another order, customer or amount: nothing was done."""
+
+
+class OrderGivenUp(Exception):
+    """The effect was undone, or refused in advance, because its order was given up."""
+
+
+def store_path() -> Path:
+    """Name the SQLite file: CHARGE_STORE, or charge_store.db beside the scripts."""
+    return Path(os.environ.get("CHARGE_STORE") or Path(__file__).with_name("charge_store.db"))
+
+
+@contextmanager
+def connect() -> Iterator[sqlite3.Connection]:
+    """Open the store for one call; each statement is a transaction of its own."""
+    # Writers queue for the file; 30 s is far above any queue that two cores can build.
+    connection = sqlite3.connect(store_path(), timeout=30, isolation_level=None)
+    try:
+        connection.row_factory = sqlite3.Row
+        # FULL: a charge that was answered is on disk, even if the power fails.
+        connection.execute("PRAGMA synchronous = FULL")
+        if not connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'events'").fetchone():
+            _create(connection)
+        yield connection
+    finally:
+        connection.close()
+
+
+def _create(connection: sqlite3.Connection) -> None:
+    """Make the tables, all or none, however many processes come first at once."""
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            break
+        except sqlite3.OperationalError as error:  # the switch does not wait for its lock
+            if "locked" not in str(error):
+                raise
+            time.sleep(0.01)
+    connection.executescript(f"BEGIN IMMEDIATE; {SCHEMA} COMMIT;")
+
+
+def perform(
+    kind: str, key: str, order_id: str, customer_id: str, amount_cents: int
+) -> dict[str, Any]:
+    """Do the effect once; asked again, count the request and return the first receipt.
+
+    Raises PaymentConflict if the key is another's, OrderGivenUp if the effect was undone.
+    """
+    with connect() as connection:
+        [row] = connection.execute(
+            "INSERT INTO effects VALUES (?, ?, ?, ?, ?, ?, 1, ?)"
+            " ON CONFLICT DO UPDATE SET requests = requests + 1 RETURNING *",
+            (kind, key, order_id, customer_id, amount_cents, IN_FORCE[kind], time.time()),
+        ).fetchall()
+    if (row["order_id"], row["customer_id"], row["amount_cents"]) != (
+        order_id,
+        customer_id,
+        amount_cents,
+    ):
+        raise PaymentConflict(f"{kind} key {key} belongs to another order, customer or amount")
+    if row["status"] != IN_FORCE[kind]:
+        raise OrderGivenUp(f"{kind} {key} is {row['status']}: the order was given up")
+    return dict(row)
+
+
+def undo(kind: str, key: str, order_id: str, customer_id: str, amount_cents: int) -> str:
+    """Undo the effect; if it has not happened, leave a voided row that refuses it for good.
+
+    Returns the status it has now, or "not ours" if the key is another's: then nothing is done.
+    """
+    effect = (kind, key, order_id, customer_id, amount_cents)
+    with connect() as connection:
+        rows = connection.execute(
+            "INSERT INTO effects VALUES (?, ?, ?, ?, ?, 'voided', 0, ?) ON CONFLICT DO UPDATE"
+            " SET status = CASE status WHEN ? THEN ? ELSE status END"
+            " WHERE order_id = excluded.order_id AND customer_id = excluded.customer_id"
+            " AND amount_cents = excluded.amount_cents RETURNING status",
+            (*effect, time.time(), IN_FORCE[kind], UNDONE[kind]),
+        ).fetchall()
+    return str(rows[0]["status"]) if rows else "not ours"
+
+
+def record(
+    order_id: str, type_: str, payload: dict[str, Any], attempt: int = 0, once: bool = False
+) -> int:
+    """Append an event and return its id; with once=True return 0 if the very same stands there."""
+    event = (order_id, type_, attempt, json.dumps(payload))
+    with connect() as connection:
+        cursor = connection.execute(
+            "INSERT INTO events (order_id, type, attempt, payload_json, ts) SELECT ?, ?, ?, ?, ?"
+            " WHERE NOT ? OR NOT EXISTS (SELECT 1 FROM events WHERE order_id = ? AND type = ?"
+            " AND attempt = ? AND payload_json = ?)",
+            (*event, time.time(), once, *event),
+        )
+        return int(cursor.lastrowid or 0) if cursor.rowcount else 0
+
+
+def finish(event_id: int, ended: str, seconds: float) -> None:
+    """Add to an attempt's event how it ended and after how many seconds."""
+    with connect() as connection:
+        connection.execute(
+            "UPDATE events SET payload_json = json_set(payload_json, '$.ended', ?, '$.seconds', ?)"
+            " WHERE id = ?",
+            (ended, round(seconds, 3), event_id),
+        )
+
+
+def count(order_id: str, type_: str) -> int:
+    """Count an order's events of one type."""
+    return len(select("SELECT id FROM events WHERE order_id = ? AND type = ?", order_id, type_))
+
+
+def select(query: str, *values: Any) -> list[dict[str, Any]]:
+    """Read rows as dictionaries."""
+    with connect() as connection:
+        return [dict(row) for row in connection.execute(query, values).fetchall()]
+
+
+def audit() -> list[str]:
+    """Return a line for each order whose effects do not fit its last outcome."""
+    orders = select(
+        "SELECT id.order_id, (SELECT payload_json FROM events WHERE order_id = id.order_id"
+        " AND type = 'outcome' ORDER BY events.id DESC LIMIT 1) AS outcome,"
+        " total(kind = 'charge' AND status = 'charged') AS charge,"
+        " total(kind = 'reservation' AND status = 'reserved') AS reservation,"
+        " total(kind = 'dispatch' AND status = 'dispatched') AS dispatch"
+        " FROM (SELECT order_id FROM effects UNION SELECT order_id FROM events) AS id"
+        " LEFT JOIN effects USING (order_id) GROUP BY id.order_id"
+    )
+    violations = []
+    for order in orders:
+        state = json.loads(order["outcome"])["state"] if order["outcome"] else "unfinished"
+        allowed = {"COMPLETED": {1}, "unfinished": {0, 1}}.get(state, {0})
+        for kind, status in IN_FORCE.items():
+            if order[kind] not in allowed:
+                wanted = " or ".join(map(str, sorted(allowed)))
+                violations.append(
+                    f"{printable(order['order_id'])} ({state}): {order[kind]:.0f} {kind} {status}"
+                    f" and in force, should be {wanted}"
+                )
+    return violations
+
+
+def printable(text: object) -> str:
+    """Escape what could move a cursor, change a colour or hide: outside text meets a terminal."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Align rows under their column names; the last column runs free."""
+    lines = [list(rows[0])] + [[printable(value) for value in row.values()] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    aligned = ("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+    return "\n".join(aligned)
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that says in one line what is wrong, escaped, and exits 2."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {printable(message)} (see: {self.prog} --help)\n")
+
+
+def events(order_id: str) -> list[dict[str, Any]]:
+    """Tell an order's events, oldest first; an attempt without an end never gave an answer."""
+    rows = select("SELECT * FROM events WHERE order_id = ? ORDER BY id", order_id)
+    told = []
+    for row in rows:
+        payload = json.loads(row["payload_json"])
+        ended, seconds = payload.pop("ended", "no answer"), payload.pop("seconds", 0)
+        told.append(
+            {
+                "seconds": f"{row['ts'] - rows[0]['ts']:7.2f}",
+                "event": row["type"],
+                "attempt": row["attempt"] or "",
+                "ended": f"{ended} after {seconds:.1f} s" if seconds else ended,
+                "details": ", ".join(f"{name}={value}" for name, value in payload.items()),
+            }
+        )
+        if not row["attempt"]:  # a note, not an attempt
+            told[-1]["ended"] = ""
+    return told
+
+
+def effects(order_id: str | None = None, limit: int = 20) -> list[dict[str, Any]]:
+    """Tell the newest effects, of one order or of all, each with its proof."""
+    rows = select(
+        "SELECT kind, idempotency_key, order_id, customer_id, amount_cents, requests, status"
+        " FROM effects WHERE ?1 IS NULL OR order_id = ?1 ORDER BY created_at DESC LIMIT ?2",
+        order_id,
+        limit,
+    )
+    for row in rows:
+        once = " once" if row["status"] == IN_FORCE[row["kind"]] else ""
+        row["proof"] = f"requests {row.pop('requests')}, {row.pop('status')}{once}"
+        row["amount"] = f"{row['amount_cents'] / 100:.2f}"
+    return rows[::-1]
+
+
+def run_script(main: Callable[[], int]) -> NoReturn:
+    """Run a script's main; whatever stops it leaves an exit code and no traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)  # what a shell reports after Ctrl+C
+    except BrokenPipeError:  # the reader, `head` say, has seen enough
+        os._exit(0)
+    except sqlite3.Error as error:
+        sys.exit(f"{store_path()}: {error}; name a writable file in CHARGE_STORE")
+
+
+def main() -> int:
+    """Print the ledger, one order's trail, or the audit."""
+    parser = Parser(description="Show the ledger and the audit trail, or audit them.")
+    parser.add_argument("order_id", nargs="?", help="show this order's effects and events")
+    parser.add_argument("--audit", action="store_true", help="check it; exit 1 if it is off")
+    options = parser.parse_args()
+    if options.audit:
+        violations = audit()
+        print("\n".join(violations) or f"audit: {store_path().name} is clean")
+        return 1 if violations else 0
+    ledger = effects(options.order_id)
+    trail = events(options.order_id) if options.order_id is not None else []
+    if options.order_id is not None and not ledger and not trail:
+        sys.exit(f"{printable(options.order_id)}: nothing in {store_path()}; see: signals.py list")
+    print(table(ledger) if ledger else f"{store_path()}: nothing charged, reserved or sent yet")
+    if trail:
+        print("\n" + table(trail))
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)

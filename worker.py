@@ -1,0 +1,143 @@
+"""The worker: the process people kill. It runs workflows and activities, and it keeps nothing.
+
+What an order has been through is in Temporal's history, and what it did is in the ledger, so this
+process may die at any moment and another one goes on. Orders and shipping have a task queue each:
+one process serves both, or one serves `orders` and another `shipping`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import logging
+import os
+import shutil
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from temporalio.client import Client
+from temporalio.envconfig import ClientConfig
+from temporalio.worker import Worker
+
+import charge_store as store
+from activities import ORDER_STEPS, SHIPPING_STEPS
+from workflows import (
+    ORDERS_QUEUE,
+    SHIPPING_QUEUE,
+    ChargeWorkflow,
+    OrderWorkflow,
+    ShippingWorkflow,
+)
+
+DEFAULT_ADDRESS = "localhost:7233"
+# A workflow task first goes to the worker that has the workflow in memory. If that one was killed,
+# this long passes before any other gets it; the default, 10 s, looks like a hang.
+STICKY = timedelta(seconds=0.5)
+THREADS = 32  # activities at once; most of them wait
+
+
+def client_config() -> dict[str, Any]:
+    """Read from the environment or a profile where Temporal is; empty if neither says."""
+    try:
+        return dict(ClientConfig.load_client_connect_config())
+    except (RuntimeError, ValueError, OSError) as error:
+        sys.exit(f"cannot read the Temporal configuration: {store.printable(error)}")
+
+
+async def connect() -> Client:
+    """Connect within 4 s, or exit with a line that says what to do."""
+    # Without this pause the SDK can crash while Python exits (sdk-python issue 300).
+    atexit.register(time.sleep, 0.1)
+    config = {"target_host": DEFAULT_ADDRESS} | client_config()
+    try:
+        return await asyncio.wait_for(Client.connect(**config), 4)
+    except (RuntimeError, ValueError, TimeoutError):
+        address = store.printable(config["target_host"])
+        sys.exit(f"no Temporal server answers at {address}; start one: temporal server start-dev")
+
+
+def command(script: str) -> str:
+    """Spell the command that runs one of our scripts from the current directory."""
+    python = Path(sys.executable)
+    on_path = shutil.which("python")
+    if on_path and Path(on_path).parent == python.parent:
+        return f"python {nearby(Path(__file__).with_name(script))}"
+    return f"{nearby(python)} {nearby(Path(__file__).with_name(script))}"
+
+
+def nearby(path: Path) -> str:
+    """Shorten a path below the current directory."""
+    here = Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
+
+
+def web_ui(address: str) -> str:
+    """Guess the Web UI's URL: the development server has it 1000 ports higher."""
+    host, _, port = address.rpartition(":")
+    return f"http://{host}:{int(port) + 1000}" if port.isdigit() else "unknown"
+
+
+def make_workers(client: Client, role: str = "all", **options: Any) -> list[Worker]:
+    """Make the worker of each task queue that the role serves."""
+    served: dict[str, tuple[list[Any], list[Any]]] = {
+        ORDERS_QUEUE: ([ChargeWorkflow, OrderWorkflow], ORDER_STEPS),
+        SHIPPING_QUEUE: ([ShippingWorkflow], SHIPPING_STEPS),
+    }
+    return [
+        Worker(
+            client,
+            task_queue=queue,
+            workflows=workflows,
+            activities=activities,
+            activity_executor=ThreadPoolExecutor(THREADS),
+            # More than there are threads would wait in line with their timeouts running.
+            max_concurrent_activities=THREADS,
+            sticky_queue_schedule_to_start_timeout=STICKY,
+            **options,
+        )
+        for queue, (workflows, activities) in served.items()
+        if role in ("all", queue.removesuffix("-tq"))
+    ]
+
+
+async def serve(role: str) -> None:
+    """Serve the role's task queues until stopped."""
+    client = await connect()
+    workers = make_workers(client, role)
+    address, pid = client.service_client.config.target_host, os.getpid()
+    kill = f"taskkill /F /PID {pid}" if sys.platform == "win32" else f"kill -9 {pid}"
+    print(f"worker {pid} serves {' and '.join(w.task_queue for w in workers)} at {address}")
+    print(f"Web UI: {web_ui(address)}  ledger: {nearby(store.store_path())}")
+    print(f"kill it: {kill}  stop it: Ctrl+C")
+    await asyncio.gather(*(worker.run() for worker in workers))
+
+
+def main() -> int:
+    """Run a worker."""
+    parser = store.Parser(description="Run a worker until Ctrl+C. LOG_LEVEL sets how much it says.")
+    roles = ["all", "orders", "shipping"]
+    parser.add_argument("role", nargs="?", choices=roles, default="all", help="which task queues")
+    role = parser.parse_args().role
+    level = os.environ.get("LOG_LEVEL", "INFO").upper()
+    if level not in logging.getLevelNamesMapping():
+        parser.error(f"LOG_LEVEL {level}: must be DEBUG, INFO, WARNING or ERROR")
+    logging.basicConfig(
+        stream=sys.stdout, level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S"
+    )
+    # Failed attempts have a line of ours; the SDK's would add a traceback to each.
+    logging.getLogger("temporalio.activity").setLevel(logging.ERROR)
+    try:
+        asyncio.run(serve(role))
+    except KeyboardInterrupt:
+        print(f"worker {os.getpid()} stopped")
+    except RuntimeError as error:
+        sys.exit(f"worker {os.getpid()} failed: {store.printable(error)}")
+    return 0
+
+
+if __name__ == "__main__":
+    store.run_script(main)

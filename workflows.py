@@ -1,0 +1,385 @@
+"""The order as a story: pure orchestration, which may be stopped anywhere and goes on from there.
+
+After a crash another worker runs the same code from the top, and Temporal answers every `await`
+that had an answer before from the recorded history. So this code must decide the same each time:
+no clock, no random numbers, no files, no ledger. All of that is in activities.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
+from datetime import timedelta
+from typing import Any
+
+from temporalio import workflow
+from temporalio.common import RetryPolicy
+from temporalio.exceptions import (
+    ActivityError,
+    ApplicationError,
+    ChildWorkflowError,
+    FailureError,
+    is_cancelled_exception,
+)
+
+with workflow.unsafe.imports_passed_through():
+    import activities as step
+    from activities import RULES, Note, Order, parse_order
+
+ORDERS_QUEUE, SHIPPING_QUEUE = "orders-tq", "shipping-tq"
+SHIPPING_TRIES = 3
+NOTE_LENGTH = 500
+FINAL_STATES = ("COMPLETED", "REJECTED", "EXPIRED", "CANCELLED", "FAILED")
+# Answers that asking again will not change.
+REFUSALS = ["InvalidOrder", "PaymentDeclined", "PaymentConflict", "OrderGivenUp"]
+# The slowest honest answer takes 5 s; after twice that we stop waiting for it.
+START_TO_CLOSE = timedelta(seconds=10)
+# A killed worker says nothing: a second of silence is how the server learns of its death.
+HEARTBEAT = timedelta(seconds=1)
+# Outages and crashes end soon here, so ask again soon: after 0.1, 0.2, 0.4, 0.8 s, then every 1 s.
+FIRST_RETRY, SLOWEST_RETRY = timedelta(seconds=0.1), timedelta(seconds=1)
+
+
+async def perform(activity: Callable[..., Any], argument: Any, max_attempts: int) -> Any:
+    """Run an activity until it has an answer or its attempts (0: no limit) are used up."""
+    return await workflow.execute_activity(
+        activity,
+        argument,
+        start_to_close_timeout=START_TO_CLOSE,
+        heartbeat_timeout=HEARTBEAT,
+        retry_policy=RetryPolicy(
+            initial_interval=FIRST_RETRY,
+            maximum_interval=SLOWEST_RETRY,
+            maximum_attempts=max_attempts,
+            non_retryable_error_types=REFUSALS,
+        ),
+        summary=activity.__doc__,
+    )
+
+
+def only(inputs: tuple[Any, ...]) -> Any:
+    """Take the one input; anything else is passed on whole, for parse_order to refuse."""
+    return inputs[0] if len(inputs) == 1 else list(inputs)
+
+
+# Workflows and handlers take any inputs of any type and check them in code: an input that did not
+# fit a signature would fail not the order but its workflow task, which Temporal retries for ever.
+
+
+@workflow.defn
+class ChargeWorkflow:
+    """Lesson one: a durable wait, then a charge."""
+
+    @workflow.run
+    async def run(self, *inputs: Any) -> dict[str, Any]:
+        """Wait, charge once, and return the provider's receipt."""
+        order = parse_order(only(inputs), workflow.info().workflow_id, charge=True)
+        if order.wait_seconds:
+            await workflow.sleep(order.wait_seconds, summary="Wait before the charge")
+        receipt: dict[str, Any] = await perform(step.charge_payment, order, order.max_attempts)
+        return receipt
+
+
+class Ended(Exception):
+    """The story is over early, but nothing is wrong: REJECTED or EXPIRED."""
+
+
+@workflow.defn
+class OrderWorkflow:
+    """An order: received, validated, reserved, reviewed, charged, shipped; or undone."""
+
+    @workflow.init
+    def __init__(self, *inputs: Any) -> None:
+        # A signal can run before run()'s first line, so all state is set here; what is wrong with
+        # the input is kept for run() to raise, because raising here would fail the workflow task.
+        self._order, self._invalid = Order(workflow.info().workflow_id), None
+        try:
+            self._order = parse_order(only(inputs), workflow.info().workflow_id)
+        except ApplicationError as error:
+            self._invalid = error
+        self._last_error = self._invalid.message if self._invalid else ""
+        self._state = "RECEIVING"
+        self._address = self._order.address
+        self._decision: str | None = None
+        self._note = ""
+        self._shipping_attempts = 0
+        self._undos: list[Callable[..., Any]] = []
+        self._seconds_left = self._order.deadline_seconds
+        self._story: asyncio.Task[Any] | None = None
+        self._cancelled = False
+        self._decisions = 0
+
+    @workflow.run
+    async def run(self, *inputs: Any) -> str:
+        """Take the order to its end and return that: COMPLETED, REJECTED, EXPIRED or CANCELLED.
+
+        Raises ApplicationError if it FAILED; its type says why.
+        """
+        self._begin()
+        try:
+            async with self._machine_time():
+                await self._do(step.receive_order, "RECEIVING")
+                await self._do(step.validate_order, "VALIDATING")
+                await self._do(step.reserve_inventory, "RESERVING", undo=step.release_inventory)
+
+            await self._wait()
+            await self._review()
+
+            async with self._machine_time():
+                await self._do(step.charge_payment, "CHARGING", undo=step.refund_payment)
+                await self._ship(undo=step.void_dispatch)
+            ending = self._settle("COMPLETED")
+        except Ended as end:
+            ending = self._settle(str(end), undo=True)
+        except (FailureError, asyncio.CancelledError) as error:
+            if is_cancelled_exception(error):
+                ending = self._settle("CANCELLED", undo=True)
+            else:
+                ending = self._settle("FAILED", self._failure(error), undo=True)
+        return await self._shielded(ending)
+
+    # What the story is made of.
+
+    def _begin(self) -> None:
+        """Refuse an invalid order before its first command; obey a cancel that came before us."""
+        if self._invalid:
+            self._enter("FAILED")
+            raise self._invalid
+        self._story = asyncio.current_task()
+        if self._cancelled and self._story:
+            self._story.cancel()
+
+    def _enter(self, state: str) -> None:
+        """Go on to a state and show it, in Temporal's Web UI too."""
+        self._state = state
+        workflow.set_current_details(f"**{state}** {self._last_error}")
+
+    async def _do(
+        self, activity: Callable[..., Any], state: str, undo: Callable[..., Any] | None = None
+    ) -> None:
+        """Do a step. Its undo is registered first: a step that "failed" may have happened."""
+        if undo:
+            self._undos.append(undo)
+        self._enter(state)
+        await perform(activity, self._order, self._order.max_attempts)
+
+    @asynccontextmanager
+    async def _machine_time(self) -> AsyncIterator[None]:
+        """Count these steps against the deadline, which reviews and requested waits do not."""
+        now = asyncio.get_running_loop().time
+        started = now()
+        try:
+            async with asyncio.timeout(self._seconds_left) as deadline:
+                yield
+        except (FailureError, TimeoutError, asyncio.CancelledError) as error:
+            # A step cut off by the deadline raises its own cancellation, not TimeoutError.
+            if not deadline.expired():
+                raise
+            problem = f"not done within {self._order.deadline_seconds} s, while {self._state}"
+            raise ApplicationError(problem, type="DeadlineExceeded") from error
+        finally:
+            self._seconds_left -= now() - started
+
+    async def _wait(self) -> None:
+        """Wait as long as the order asks to. The timer is the server's: it survives our death."""
+        if self._order.wait_seconds:
+            self._enter("WAITING")
+            await workflow.sleep(self._order.wait_seconds, summary="Requested wait")
+
+    async def _review(self) -> None:
+        """Wait for a person's decision, or for the timer, which approves."""
+        self._enter("AWAITING_REVIEW")
+        with suppress(TimeoutError):
+            await workflow.wait_condition(
+                lambda: self._decision is not None,
+                timeout=self._order.review_seconds,
+                timeout_summary=f"Review by {self._order.review}",
+            )
+        # Looked at once more: a decision may have come in the instant in which the window closed.
+        if self._decision is None and self._order.review == "person":
+            raise Ended("EXPIRED")
+        self._decision = self._decision or "approved"
+        if self._decision == "rejected":
+            raise Ended("REJECTED")
+
+    async def _ship(self, undo: Callable[..., Any]) -> None:
+        """Ship through a child workflow on its own task queue; three tries in all."""
+        self._undos.append(undo)
+        self._enter("SHIPPING")
+        order = replace(self._order, address=self._address)
+        while True:
+            self._shipping_attempts += 1
+            try:
+                # TRY_CANCEL: a shipping worker that is down holds up no cancel and no deadline.
+                await workflow.execute_child_workflow(
+                    ShippingWorkflow.run,
+                    order,
+                    id=f"ship-{order.order_id}",
+                    task_queue=SHIPPING_QUEUE,
+                    cancellation_type=workflow.ChildWorkflowCancellationType.TRY_CANCEL,
+                    static_summary=f"Ship to {self._address}",
+                )
+                return
+            except ChildWorkflowError as error:
+                if is_cancelled_exception(error):
+                    raise
+                self._last_error = str(error.cause)
+            if self._shipping_attempts == SHIPPING_TRIES:
+                problem = f"shipping failed {SHIPPING_TRIES} times: {self._last_error}"
+                raise ApplicationError(problem, type="OrderGivenUp")
+            await workflow.sleep(0.5 * 2**self._shipping_attempts, summary="Before shipping again")
+
+    def _failure(self, error: BaseException) -> ApplicationError:
+        """Say what failed the order, in an error whose type says why."""
+        if isinstance(error, ApplicationError):
+            return error
+        cause = error.cause if isinstance(error, ActivityError) else error
+        if isinstance(cause, ApplicationError) and cause.type in REFUSALS:
+            return ApplicationError(cause.message, type=cause.type)
+        problem = f"given up while {self._state}: {cause}"
+        return ApplicationError(problem, type="OrderGivenUp")
+
+    async def _settle(
+        self, state: str, failure: ApplicationError | None = None, undo: bool = False
+    ) -> str:
+        """Undo what was begun, last first, until done, whatever the limits; write the outcome."""
+        self._last_error = failure.message if failure else self._last_error
+        if undo:
+            self._enter("COMPENSATING")
+            for undo_step in reversed(self._undos):
+                if await perform(undo_step, self._order, max_attempts=0) == "dispatched":
+                    # The package has left: there is nothing to undo, the order is complete.
+                    state, failure = "COMPLETED", None
+                    break
+        await workflow.wait_condition(workflow.all_handlers_finished)
+        outcome = {"state": state} | (
+            {"reason": f"{failure.type}: {failure.message}"} if failure else {}
+        )
+        await perform(step.record_outcome, Note(self._order, "outcome", outcome), max_attempts=0)
+        self._enter(state)
+        await workflow.wait_condition(workflow.all_handlers_finished)
+        if failure:
+            raise failure
+        return state
+
+    async def _shielded(self, ending: Any) -> str:
+        """Let the ending finish: a second cancellation, from the UI say, must not tear it."""
+        task = asyncio.create_task(ending)
+        try:
+            return str(await asyncio.shield(task))
+        except asyncio.CancelledError:
+            return str(await task)
+
+    # Signals, an update and a query. No signal handler may raise: it would fail the order, or its
+    # workflow task for ever. Each defaults its parameters and swallows surplus ones.
+
+    @workflow.signal
+    async def approve(self, note: Any = "", *_: Any) -> None:
+        """Say yes."""
+        await self._decide("approve", "approved", note)
+
+    @workflow.signal
+    async def reject(self, note: Any = "", *_: Any) -> None:
+        """Say no."""
+        await self._decide("reject", "rejected", note)
+
+    @workflow.signal
+    async def cancel(self, reason: Any = "", *_: Any) -> None:
+        """Cancel the order, which is the same as cancelling the workflow, with a reason."""
+        if self._undoable():
+            self._cancelled = True
+            self._note = str(reason)[:NOTE_LENGTH]
+            if self._story:
+                self._story.cancel()
+        await self._record("cancel", reason=str(reason)[:NOTE_LENGTH])
+
+    @workflow.signal
+    async def dispatch_failed(self, reason: Any = "", *_: Any) -> None:
+        """Hear from the child why it fails; that it failed, its end will tell."""
+        self._last_error = str(reason)[:NOTE_LENGTH]
+        await self._record("dispatch_failed", reason=self._last_error)
+
+    @workflow.signal(name="update_address")
+    async def signal_address(self, address: Any = "", *_: Any) -> None:
+        """Change the address, or note why not: a signal has no answer."""
+        if problem := self._address_problem(address):
+            await self._record("address_refused", address=str(address)[:200], reason=problem)
+        else:
+            await self.update_address(address)
+
+    @workflow.update
+    async def update_address(self, address: Any = "", *_: Any) -> str:
+        """Change the address and return it."""
+        self._address = address
+        await self._record("update_address", address=address)
+        return str(address)
+
+    @update_address.validator
+    def check_address(self, address: Any = "", *_: Any) -> None:
+        """Refuse an update before it enters the history."""
+        if problem := self._address_problem(address):
+            raise ApplicationError(problem, type="AddressRefused")
+
+    @workflow.query
+    def status(self) -> dict[str, Any]:
+        """Tell where the order stands."""
+        return {
+            "order_id": self._order.order_id,
+            "state": self._state,
+            "address": self._address,
+            "decision": self._decision,
+            "note": self._note,
+            "shipping_attempts": self._shipping_attempts,
+            "last_error": self._last_error,
+        }
+
+    async def _decide(self, verb: str, decision: str, note: Any) -> None:
+        """Take the first decision, early or not; later ones are only recorded."""
+        counts = self._decision is None and self._undoable()
+        if counts:
+            self._decision, self._note = decision, str(note)[:NOTE_LENGTH]
+        await self._record(verb, note=str(note)[:NOTE_LENGTH], counts=counts)
+
+    def _undoable(self) -> bool:
+        """Tell whether the story is still being told: no ending has begun."""
+        return self._state not in ("COMPENSATING", *FINAL_STATES)
+
+    def _address_problem(self, address: Any) -> str:
+        """Say why the address cannot be changed to this one; empty if it can."""
+        valid, rule = RULES["address"]
+        if not valid(address):
+            return f"address {rule}"
+        if self._state == "SHIPPING" or not self._undoable():
+            return f"too late, the order is {self._state}"
+        return ""
+
+    async def _record(self, type_: str, **payload: Any) -> None:
+        """Have an activity write a decision down; the number tells two alike apart."""
+        self._decisions += 1
+        note = Note(self._order, type_, {**payload, "number": self._decisions})
+        if not self._invalid:
+            await perform(step.record_decision, note, max_attempts=0)
+
+
+@workflow.defn
+class ShippingWorkflow:
+    """Pack and dispatch, on workers of its own; tell the order why if that fails for good."""
+
+    @workflow.run
+    async def run(self, *inputs: Any) -> None:
+        """Ship one order."""
+        info = workflow.info()
+        order = parse_order(only(inputs), info.workflow_id.removeprefix("ship-"))
+        try:
+            await perform(step.prepare_package, order, order.max_attempts)
+            await perform(step.dispatch_carrier, order, order.max_attempts)
+        except ActivityError as error:
+            if is_cancelled_exception(error):
+                raise
+            reason = f"dispatch failed: {error.cause}"
+            if info.parent:
+                parent = workflow.get_external_workflow_handle(info.parent.workflow_id)
+                await parent.signal(OrderWorkflow.dispatch_failed, reason)
+            raise ApplicationError(reason, type="DispatchFailed") from error
