@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import os
 import random
 import re
@@ -16,10 +17,15 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 import uuid
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import ExitStack, asynccontextmanager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +36,12 @@ from temporalio.client import (
 )
 from temporalio.common import WorkflowIDReusePolicy
 from temporalio.exceptions import ApplicationError, WorkflowAlreadyStartedError
-from temporalio.service import RPCError
+from temporalio.service import RPCError, RPCStatusCode
 from temporalio.testing import WorkflowEnvironment
 
 import charge_store as store
 import signals
-from activities import FAULTS, RULES, STEPS, parse_order
+from activities import FAULTS, RULES, SLOW_SECONDS, STEPS, parse_order
 from signals import say
 from worker import DEFAULT_ADDRESS, client_config, command, connect, nearby, web_ui
 from workflows import ORDERS_QUEUE, ChargeWorkflow, OrderWorkflow
@@ -49,7 +55,11 @@ SERVER_FLAGS = ["--sqlite-pragma", "journal_mode=wal", "--sqlite-pragma", "synch
 SERVER_FLAGS += ["--dynamic-config-value", 'history.timerProcessorMaxTimeShift="10ms"']
 SERVER_FLAGS += ["--dynamic-config-value", 'history.workflowTaskRetryMaxInterval="1s"']
 # A failed workflow task shows within this time that its bug is mended (see SERVER_FLAGS).
-TASK_TIMEOUT = timedelta(seconds=2)
+TASK_TIMEOUT = timedelta(seconds=1)
+
+
+# What a server says while it starts, stops or is not there.
+PASSING = (RPCStatusCode.UNAVAILABLE, RPCStatusCode.DEADLINE_EXCEEDED, RPCStatusCode.CANCELLED)
 
 
 class Stage:
@@ -60,6 +70,7 @@ class Stage:
         self.folder, self.port, self.quiet = folder, port, quiet
         self.address = f"127.0.0.1:{port}"
         self.server: WorkflowEnvironment | None = None
+        self.client: Client
         self.workers: list[subprocess.Popen[bytes]] = []
 
     async def start_server(self) -> Client:
@@ -73,9 +84,14 @@ class Stage:
             dev_server_existing_path=shutil.which("temporal", path=beside),
             dev_server_database_filename=str(self.folder / "temporal.db"),
             dev_server_log_level="never",
-            dev_server_extra_args=SERVER_FLAGS,
+            # The HTTP API stands 10 ports higher, as 7243 does; no banner among our own lines.
+            dev_server_extra_args=[
+                *("--http-port", str(self.port + 10), "--output", "none"),
+                *SERVER_FLAGS,
+            ],
         )
-        return self.server.client
+        self.client = self.server.client
+        return self.client
 
     async def kill_server(self) -> None:
         """Kill the server at once: the SDK shuts its servers down with SIGKILL."""
@@ -120,14 +136,15 @@ class Stage:
 
 
 def free_port() -> int:
-    """Find a port that is free, and the Web UI's, 1000 higher, too."""
+    """Find a port that is free for a server, and those of its HTTP API and Web UI too."""
     while True:
         # Below the ports that systems give to clients: a client that keeps calling a killed server
         # could otherwise be given that very port, and the server could not come back on it.
         port = random.randrange(20_000, 30_000)
-        with socket.socket() as server, socket.socket() as ui, suppress(OSError):
-            server.bind(("127.0.0.1", port))
-            ui.bind(("127.0.0.1", port + 1000))
+        with ExitStack() as probes, suppress(OSError):
+            for offset in (0, 10, 1000):  # server, HTTP API, Web UI
+                probe = probes.enter_context(socket.socket())
+                probe.bind(("127.0.0.1", port + offset))
             return port
 
 
@@ -136,14 +153,23 @@ async def private_stage() -> AsyncIterator[Stage]:
     """Set a stage in a temporary folder, with a ledger of its own; leave nothing behind."""
     with tempfile.TemporaryDirectory(prefix="orders-", ignore_cleanup_errors=True) as folder:
         stage = Stage(Path(folder), free_port())
-        before = os.environ.get("CHARGE_STORE", "")
-        os.environ["CHARGE_STORE"] = str(stage.folder / "charge_store.db")
-        try:
-            await stage.start_server()
-            yield stage
-        finally:
-            await stage.close()
-            os.environ["CHARGE_STORE"] = before
+        with ledger(stage.folder / "charge_store.db"):
+            try:
+                await stage.start_server()
+                yield stage
+            finally:
+                await stage.close()
+
+
+@contextmanager
+def ledger(path: Path) -> Iterator[None]:
+    """Use another ledger for a while, in this process and in the workers it starts."""
+    before = os.environ.get("CHARGE_STORE", "")
+    os.environ["CHARGE_STORE"] = str(path)
+    try:
+        yield
+    finally:
+        os.environ["CHARGE_STORE"] = before
 
 
 @asynccontextmanager
@@ -246,6 +272,546 @@ async def start(
     )
 
 
+# The crash tests: orders, what is done to whom and when, and what the ledger must show then.
+
+PATIENT = {"deadline_seconds": 600, "max_attempts": 0, "review": "timer", "review_seconds": 0.1}
+SLOW_CHARGE = {"simulate": {"charge_payment": "slow"}}
+ONCE = {"charge": ("charged", 1), "reservation": ("reserved", 1), "dispatch": ("dispatched", 1)}
+TWICE_ASKED = ONCE | {"charge": ("charged", 2)}
+BUG = ("workflows.py", 'step.charge_payment, "CHARGING"', 'step.charge_paymnet, "CHARGING"')
+NO_KEY = (
+    "activities.py",
+    '_payable(order), "charge", order.payment_id',
+    '_payable(order), "charge", f"{order.payment_id}-{activity.info().attempt}"',
+)
+
+
+@dataclass(frozen=True)
+class CrashTest:
+    """One crash. A beat is a cue, an action and what to say; {pid} is the newest worker's."""
+
+    name: str
+    claim: str
+    orders: list[dict[str, Any]]
+    beats: list[tuple[str, str, str]]
+    proof: dict[str, tuple[str, int]]  # of each order {kind of effect: (status, requests; 0: any)}
+    seconds: float  # that it should take, from the last start of a worker or a server
+    slack: float = 15  # how much longer it may take on a busy machine
+    ends: str = "COMPLETED"
+    kind: type[ChargeWorkflow | OrderWorkflow] = OrderWorkflow
+    since: str = "start"  # the action that starts the clock
+    change: tuple[str, str, str] | None = None  # in a copy of our scripts: (file, text, instead)
+    twice: bool = False  # a contrast, which charges twice
+
+
+CRASH_TESTS = [
+    CrashTest(
+        "timer",
+        "a durable wait keeps its deadline while no worker lives",
+        [{"wait_seconds": 5}],
+        [
+            ("", "start all", "worker {pid} starts"),
+            ("timer", "mark", "the order waits 5 s before its charge"),
+            ("2", "kill", "worker {pid} dies"),
+            ("1", "start all", "worker {pid} starts; the wait goes on where it was"),
+            ("charge_payment 1", "", "the wait is over, the charge begins"),
+            ("end", "", "the charge is done"),
+        ],
+        {"charge": ("charged", 1)},
+        seconds=5,
+        slack=1.5,
+        kind=ChargeWorkflow,
+        since="mark",
+    ),
+    CrashTest(
+        "charge",
+        "a worker dies after the provider charged and before Temporal heard of it",
+        [SLOW_CHARGE],
+        [
+            ("", "start all", "worker {pid} starts"),
+            ("charge", "", "the provider has charged; its answer, 5 s long, is on the way"),
+            ("1", "kill", "worker {pid} dies"),
+            ("", "start all", "worker {pid} starts"),
+            ("charge_payment 2", "", "attempt 2 on worker {pid}; the provider knows the key"),
+            ("end", "", "the order is complete"),
+        ],
+        TWICE_ASKED,
+        seconds=6.5,
+    ),
+    CrashTest(
+        "before-charge",
+        "a worker dies before the provider heard of the charge",
+        [{"simulate": {"charge_payment": "crash-before"}}],
+        [
+            ("", "start all", "worker {pid} starts"),
+            ("dead", "", "worker {pid} has died, about to call the provider"),
+            ("", "start all", "worker {pid} starts"),
+            ("charge_payment 2", "", "attempt 2 on worker {pid}"),
+            ("end", "", "the order is complete"),
+        ],
+        ONCE,
+        seconds=2,
+    ),
+    CrashTest(
+        "server",
+        "the Temporal server dies in the middle of waits and charges",
+        [{"wait_seconds": 3}, {"wait_seconds": 3}, {}, SLOW_CHARGE],
+        [
+            ("", "start all", "worker {pid} starts; two orders wait, one is being charged"),
+            ("2", "kill server", "the Temporal server dies"),
+            ("2", "start server", "the Temporal server starts on the same file"),
+            ("end", "", "all orders are complete"),
+        ],
+        ONCE | {"charge": ("charged", 0)},  # an answer that met no server is asked for again
+        seconds=10,
+    ),
+    CrashTest(
+        "shipping",
+        "orders are paid while no shipping worker lives, and ship when one comes back",
+        [{}, {}, {}],
+        [
+            ("", "start orders", "worker {pid} starts, for orders only"),
+            ("charge", "", "all orders are paid; their packages wait"),
+            ("2", "start shipping", "worker {pid} starts, for shipping"),
+            ("end", "", "all orders have shipped"),
+        ],
+        ONCE,
+        seconds=1,
+    ),
+    CrashTest(
+        "shipping",
+        "a worker dies after the package left: it leaves once",
+        [{"simulate": {"dispatch_carrier": "crash-after"}}],
+        [
+            ("", "start all", "worker {pid} starts"),
+            ("dead", "", "worker {pid} has died; the carrier has the package"),
+            ("", "start all", "worker {pid} starts"),
+            ("end", "", "the order is complete"),
+        ],
+        ONCE | {"dispatch": ("dispatched", 2)},
+        seconds=2,
+    ),
+    CrashTest(
+        "shipping",
+        "an order is cancelled while its dispatch is on the way: neither paid nor shipped",
+        [{"simulate": {"dispatch_carrier": "late"}}],
+        [
+            ("", "start all", "worker {pid} starts"),
+            (
+                "dispatch_carrier 1",
+                "cancel",
+                "the dispatch, 5 s late, is on its way; a cancel comes",
+            ),
+            ("end", "", "the order is cancelled and its money back"),
+            ("proof", "", "the late dispatch arrives at the carrier, and is refused"),
+        ],
+        {"charge": ("refunded", 1), "reservation": ("released", 1), "dispatch": ("voided", 1)},
+        seconds=6,
+        ends="CANCELLED",
+    ),
+    CrashTest(
+        "late",
+        "a charge that reaches the provider after the order was given up is refused",
+        [{"simulate": {"charge_payment": "late"}}],
+        [
+            ("", "start all", "worker {pid} starts"),
+            ("charge_payment 1", "cancel", "the charge, 5 s late, is on its way; a cancel comes"),
+            ("end", "", "the order is cancelled"),
+            ("proof", "", "the late charge arrives at the provider, and is refused"),
+        ],
+        {"charge": ("voided", 1), "reservation": ("released", 1)},
+        seconds=6,
+        ends="CANCELLED",
+    ),
+    CrashTest(
+        "bug",
+        "a workflow meets a bug: the order waits, and goes on when the bug is mended",
+        [{}],
+        [
+            ("", "start changed", "worker {pid} starts, with a bug in its copy of workflows.py"),
+            ("task fails", "", "the workflow task fails and is tried again; the order stays"),
+            ("2", "kill", "worker {pid} is stopped"),
+            ("", "start all", "worker {pid} starts, with the bug mended"),
+            ("end", "", "the order is complete"),
+        ],
+        ONCE,
+        seconds=4,
+        change=BUG,
+    ),
+    CrashTest(
+        "no-key",
+        "the contrast: the crash of `charge`, with a key that changes on each attempt",
+        [SLOW_CHARGE],
+        [
+            ("", "start changed", "worker {pid} starts, with a new key at each attempt"),
+            ("charge", "", "the provider has charged; its answer, 5 s long, is on the way"),
+            ("1", "kill", "worker {pid} dies"),
+            ("", "start changed", "worker {pid} starts"),
+            ("charge_payment 2", "", "attempt 2 on worker {pid}; the provider sees a new key"),
+            ("end", "", "the order is complete, and the customer charged twice, as expected"),
+        ],
+        ONCE,
+        seconds=6.5,
+        change=NO_KEY,
+        twice=True,
+    ),
+]
+
+
+class CrashRun:
+    """One crash test on a stage: its orders, its clock, its words."""
+
+    def __init__(self, test: CrashTest, stage: Stage, number: int) -> None:
+        self.test, self.stage = test, stage
+        self.ids = [f"crash-{number}-{n}" for n in range(1, len(test.orders) + 1)]
+        self.started = self.since = time.time()
+        self.took = 0.0
+        self.problem = ""
+        self.code = HERE
+        if test.change:
+            self.code = changed_copy(stage.folder / f"changed-{number}", *test.change)
+
+    async def run(self) -> bool:
+        """Play the test and tell it; return whether all held."""
+        print(f"\n{self.test.name}: {self.test.claim}")
+        try:
+            await asyncio.wait_for(self._play(), 60)
+        except TimeoutError:
+            self.problem = "not done within 60 s"
+        for worker in list(self.stage.workers):
+            self.stage.kill_worker(worker)
+        start = {"mark": "the wait began"}.get(self.test.since, "the last start")
+        should = f"{self.test.seconds:g} s after {start}"
+        if not self.problem and self.took > self.test.seconds + self.test.slack:
+            self.problem = "too slow"
+        say(f"   should take {should}, took {self.took:.1f} s")
+        say(f"   {self.evidence()}")
+        say(f"   {'NOT HELD: ' + self.problem if self.problem else 'held'}")
+        return not self.problem
+
+    async def _play(self) -> None:
+        """Place the orders, follow the beats, and wait until the ledger shows the proof."""
+        for order_id, fields in zip(self.ids, self.test.orders, strict=True):
+            raw = PATIENT | fields | {"order_id": order_id}
+            await start(self.stage.client, self.test.kind, raw)
+        for cue, action, words in self.test.beats:
+            await until(partial(self._reached, cue))
+            pid = self.stage.workers[-1].pid if self.stage.workers else 0
+            await self._act(action)
+            pid = self.stage.workers[-1].pid if self.stage.workers else pid
+            say(f"   {time.time() - self.started:5.1f} s  {words.format(pid=pid)}")
+            self.took = time.time() - self.since
+        for order_id in self.ids:
+            result = await self.stage.client.get_workflow_handle(order_id).result()
+            if self.test.kind is OrderWorkflow and result != self.test.ends:
+                self.problem = f"{order_id} ended {result}, not {self.test.ends}"
+        await until(self._proved)
+
+    async def _reached(self, cue: str) -> bool:
+        """Tell whether a cue has come: nothing, seconds, death, the end, an effect, an event."""
+        if cue == "" or cue.isdigit():
+            await asyncio.sleep(int(cue or 0))
+            return True
+        if cue == "dead":
+            return self.stage.workers[-1].poll() is not None
+        if cue == "proof":
+            return await self._proved()
+        if cue in ("end", "task fails"):
+            handles = map(self.stage.client.get_workflow_handle, self.ids)
+            found = [await handle.describe() for handle in handles]
+            if cue == "end":
+                return all(f.status != WorkflowExecutionStatus.RUNNING for f in found)
+            return all(f.raw_description.pending_workflow_task.attempt > 1 for f in found)
+        if cue == "timer":
+            history = await self.stage.client.get_workflow_handle(self.ids[0]).fetch_history()
+            return any(event.HasField("timer_started_event_attributes") for event in history.events)
+        if cue in store.IN_FORCE:
+            return all(any(row["kind"] == cue for row in effects_of(id_)) for id_ in self.ids)
+        name, _, times = cue.partition(" ")
+        return all(store.count(order_id, name) >= int(times) for order_id in self.ids)
+
+    async def _act(self, action: str) -> None:
+        """Do what a beat does to a worker, the server or the orders."""
+        verb, _, what = action.partition(" ")
+        if verb == self.test.since:
+            self.since = time.time()
+        if action == "start server":
+            await self.stage.start_server()
+        elif verb == "start":
+            code = self.code if what == "changed" else HERE
+            self.stage.start_worker("all" if what == "changed" else what, code)
+        elif action == "kill server":
+            await self.stage.kill_server()
+        elif verb == "kill":
+            self.stage.kill_worker(self.stage.workers[-1])
+        elif verb == "cancel":
+            for order_id in self.ids:
+                await self.stage.client.get_workflow_handle(order_id).signal("cancel")
+
+    async def _proved(self) -> bool:
+        """Tell whether the ledger shows what it must."""
+        proof = sorted([*self.test.proof.items()] + [("charge", ("charged", 1))] * self.test.twice)
+        found = [
+            sorted((row["kind"], (row["status"], row["requests"])) for row in effects_of(order_id))
+            for order_id in self.ids
+        ]
+        # Requests that may be any number are taken out of the comparison.
+        any_number = {kind for kind, (_, requests) in proof if requests == 0}
+        known = [[(k, (s, 0 if k in any_number else n)) for k, (s, n) in rows] for rows in found]
+        return all(rows == proof for rows in known)
+
+    def evidence(self) -> str:
+        """Sum up the ledger: charge requests, charges, audit."""
+        rows = [row for order_id in self.ids for row in effects_of(order_id, "charge")]
+        charges = sum(row["status"] == "charged" for row in rows)
+        requests = sum(row["requests"] for row in rows)
+        violations = [v for v in store.audit() if v.startswith(tuple(self.ids))]
+        if bool(violations) != self.test.twice:
+            self.problem = self.problem or "audit: " + "; ".join(violations)
+        audit = f"audit: {violations[0]}" if violations else "audit clean"
+        return f"orders {len(self.ids)}, requests {requests}, charged {charges}; {audit}"
+
+
+def effects_of(order_id: str, kind: str | None = None) -> list[dict[str, Any]]:
+    """Read an order's effects, of one kind or of all."""
+    query = "SELECT * FROM effects WHERE order_id = ?1 AND (?2 IS NULL OR kind = ?2)"
+    return store.select(query, order_id, kind)
+
+
+async def until(condition: Callable[[], Awaitable[bool]]) -> None:
+    """Wait until the condition holds; the caller bounds the time."""
+    while not await condition():
+        await asyncio.sleep(0.02)
+
+
+def changed_copy(folder: Path, file: str, text: str, instead: str) -> Path:
+    """Copy our scripts with one text in one file changed."""
+    shutil.copytree(
+        HERE, folder, ignore=lambda d, names: [n for n in names if not n.endswith(".py")]
+    )
+    source = (folder / file).read_text(encoding="utf-8")
+    if text not in source:
+        raise AssertionError(f"{file} has no {text!r} any more")
+    (folder / file).write_text(source.replace(text, instead), encoding="utf-8")
+    return folder
+
+
+def plain_job(order_id: str, wait_seconds: float) -> None:
+    """Do an order as a background job without Temporal: all it knows is in its memory."""
+    time.sleep(wait_seconds)
+    key = uuid.uuid4().hex  # made up at each delivery: there is nowhere to remember it
+    store.perform("charge", key, order_id, "customer-123", 9999)
+    time.sleep(SLOW_SECONDS)  # the provider's answer is on the way
+
+
+async def run_without_temporal() -> bool:
+    """Kill such jobs at the same instants: one is charged twice, one that waits is lost."""
+    print("\nno-temporal: the contrast: the same order as a plain background job, redelivered")
+    process, started = get_context("spawn").Process, time.time()
+
+    def tell(words: str) -> None:
+        say(f"   {time.time() - started:5.1f} s  {words}")
+
+    charging = process(target=plain_job, args=("charging", 0))
+    waiting = process(target=plain_job, args=("waiting", 3))
+    charging.start()
+    waiting.start()  # its queue has it acknowledged at once: no queue waits for days
+    await asyncio.wait_for(until(lambda: reached_charge("charging")), 30)
+    tell(f"the provider has charged; job {charging.pid} waits for its answer")
+    charging.kill()
+    waiting.kill()
+    tell(f"jobs {charging.pid}, charging, and {waiting.pid}, waiting, die")
+    again = process(target=plain_job, args=("charging", 0))
+    again.start()
+    tell(f"the queue delivers the unacknowledged job again, to {again.pid}; nobody has the other")
+    await asyncio.to_thread(again.join, 60)
+    charges, lost = len(effects_of("charging")), not effects_of("waiting")
+    tell(f"charged {charges} times; the waiting order {'is lost' if lost else 'was charged'}")
+    held = charges == 2 and lost
+    say(f"   {'held, as expected of it' if held else 'NOT HELD'}")
+    return held
+
+
+async def reached_charge(order_id: str) -> bool:
+    """Tell whether the order was charged."""
+    return bool(effects_of(order_id, "charge"))
+
+
+async def run_crash(options: argparse.Namespace) -> int:
+    """Run the crash tests on a stage of our own; exit 0 if all held."""
+    rows = []
+    async with private_stage() as stage:
+        say(f"a server of our own at {stage.address}, Web UI: {web_ui(stage.address)}")
+        for number, test in enumerate(CRASH_TESTS, 1):
+            if options.names and test.name not in options.names:
+                continue
+            with ledger(stage.folder / "contrast.db") if test.twice else nullcontext():
+                run = CrashRun(test, stage, number)
+                held = "yes" if await run.run() else "NO"
+            should, took = f"{test.seconds:g} s", f"{run.took:.1f} s"
+            rows.append({"test": test.name, "should": should, "took": took, "held": held})
+            rows[-1]["claim"] = test.claim
+        if not options.names or "no-temporal" in options.names:
+            with ledger(stage.folder / "contrast.db"):
+                held = "yes" if await run_without_temporal() else "NO"
+            claim = "the contrast: charged twice, and a waiting order lost"
+            rows.append({"test": "no-temporal", "should": "-", "took": "-", "held": held})
+            rows[-1]["claim"] = claim
+    print("\n" + store.table(rows))
+    return 0 if all(row["held"] == "yes" for row in rows) else 1
+
+
+# Chaos: many orders under many kills.
+
+
+CHAOS: list[
+    tuple[set[str], dict[str, Any], str]
+] = [  # (how an order of this kind may end, its fields, how people treat it)
+    ({"COMPLETED"}, {}, ""),
+    ({"COMPLETED"}, {"wait_seconds": 3}, ""),
+    ({"COMPLETED"}, {"simulate": {"charge_payment": "flaky", "dispatch_carrier": "flaky"}}, ""),
+    ({"COMPLETED"}, {"simulate": {"reserve_inventory": "random"}}, ""),
+    ({"REJECTED"}, {"review": "person", "review_seconds": 600}, "reject"),
+    ({"CANCELLED"}, {"wait_seconds": 600}, "cancel"),
+    ({"COMPLETED", "CANCELLED"}, {"simulate": {"charge_payment": "late"}}, "cancel"),
+    ({"COMPLETED", "CANCELLED"}, {"simulate": {"dispatch_carrier": "slow"}}, "cancel"),
+]
+
+
+class Chaos:
+    """Orders drawn from a seed, and the kills that they must survive."""
+
+    def __init__(self, stage: Stage, options: argparse.Namespace) -> None:
+        self.stage, self.options = stage, options
+        self.random = random.Random(options.seed)
+        self.allowed: dict[str, set[str]] = {}
+        self.workers_killed = self.server_killed = 0
+        self.line = Line()
+
+    async def run(self) -> list[str]:
+        """Place orders, kill between them, wait for all to end; return what went wrong."""
+        for _ in range(2):
+            self.stage.start_worker()
+        placing = asyncio.create_task(self._place_all())
+        for kill in range(self.options.kills):
+            await self._show_for(self.random.uniform(0.5, 2.5))
+            self.stage.kill_worker(self.random.choice(self.stage.workers))
+            self.stage.start_worker()
+            self.workers_killed += 1
+            if kill % 5 == 4:
+                await self.stage.kill_server()
+                await self.stage.start_server()
+                self.server_killed += 1
+        await placing
+        # A second an order is ten times what it costs; what is not done then is lost.
+        end = time.monotonic() + 60 + self.options.orders
+        while len(self._ended()) < self.options.orders and time.monotonic() < end:
+            await self._show_for(0.2)
+        self.line.end()
+        return self._wrong()
+
+    async def _place_all(self) -> None:
+        """Place the orders, spread over the kills, and treat each as people would."""
+        pause = 1.5 * self.options.kills / self.options.orders
+        treating = []
+        for number in range(self.options.orders):
+            allowed, fields, signal_name = self.random.choice(CHAOS)
+            order_id = f"chaos-{number}"
+            self.allowed[order_id] = allowed
+            raw = PATIENT | fields | {"order_id": order_id}
+            treating.append(asyncio.create_task(self._treat(raw, signal_name)))
+            await asyncio.sleep(pause)
+        await asyncio.gather(*treating)
+
+    async def _treat(self, raw: dict[str, Any], signal_name: str) -> None:
+        """Place an order and signal it; call again while the server is down."""
+        await persist(lambda: start(self.stage.client, OrderWorkflow, raw))
+        if signal_name:
+            await asyncio.sleep(1)
+            handle = self.stage.client.get_workflow_handle(raw["order_id"])
+            await persist(lambda: handle.signal(signal_name))
+
+    async def _show_for(self, seconds: float) -> None:
+        """Show how it goes, for some seconds."""
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0:
+            self.line.show(
+                f"orders {len(self._ended())}/{self.options.orders}"
+                f" · workers killed {self.workers_killed} · server killed {self.server_killed}"
+                f" · charged twice {len(charged_twice())}"
+            )
+            await asyncio.sleep(min(0.5, left))
+
+    def _ended(self) -> dict[str, str]:
+        """Read how the orders ended: {order id: state}."""
+        outcomes = store.select("SELECT order_id, payload_json FROM events WHERE type = 'outcome'")
+        return {row["order_id"]: json.loads(row["payload_json"])["state"] for row in outcomes}
+
+    def _wrong(self) -> list[str]:
+        """List the orders that were lost or ended as they must not, and what the audit finds."""
+        ended = self._ended()
+        lost = [f"{id_}: lost" for id_ in self.allowed if id_ not in ended]
+        odd = [f"{i}: {end}" for i, end in ended.items() if end not in self.allowed[i]]
+        return lost + odd + store.audit()
+
+
+def charged_twice() -> list[dict[str, Any]]:
+    """Find the orders with more than one charge in force."""
+    charged = "SELECT order_id FROM charges WHERE status = 'charged'"
+    return store.select(f"{charged} GROUP BY order_id HAVING count(*) > 1")
+
+
+async def persist(call: Callable[[], Awaitable[Any]]) -> None:
+    """Call until it succeeds; a server that is being restarted refuses for a while."""
+    while True:
+        with suppress(WorkflowAlreadyStartedError):
+            try:
+                await call()
+            except RPCError as error:
+                if error.status == RPCStatusCode.NOT_FOUND:
+                    return  # too late for a signal: the order has ended
+                if error.status not in PASSING:
+                    raise
+                await asyncio.sleep(0.5)
+                continue
+        return
+
+
+async def run_chaos(options: argparse.Namespace) -> int:
+    """Run orders under kills; exit 0 if none was lost and none charged twice."""
+    say(f"{options.orders} orders, {options.kills} kills, seed {options.seed}")
+    started = time.monotonic()
+    async with private_stage() as stage:
+        chaos = Chaos(stage, options)
+        wrong = await chaos.run()
+        ends = Counter(chaos._ended().values())
+        told = ", ".join(f"{end} {count}" for end, count in sorted(ends.items()))
+        say(f"{time.monotonic() - started:.1f} s; {told}")
+        for line in wrong:
+            print(store.printable(line), file=sys.stderr)
+        say("audit clean: no order lost, none charged twice" if not wrong else "NOT HELD")
+    return 1 if wrong else 0
+
+
+class Line:
+    """A line of progress: redrawn in place on a terminal, printed when it changes on a pipe."""
+
+    def __init__(self) -> None:
+        self.in_place, self.text = sys.stdout.isatty(), ""
+
+    def show(self, text: str) -> None:
+        """Show the text."""
+        if text != self.text:
+            print(f"\r\x1b[K{text}" if self.in_place else text, end="" if self.in_place else "\n")
+            sys.stdout.flush()
+        self.text = text
+
+    def end(self) -> None:
+        """Leave the line as it is."""
+        if self.in_place:
+            print()
+
+
 # The command line.
 
 
@@ -262,6 +828,13 @@ def given(text: str) -> str:
     if not text:
         raise argparse.ArgumentTypeError("must not be empty")
     return text
+
+
+def positive(text: str) -> int:
+    """Read a number from 1 to 100000."""
+    if not re.fullmatch("[0-9]{1,6}", text) or not 1 <= int(text) <= 100_000:
+        raise argparse.ArgumentTypeError("must be a whole number from 1 to 100000")
+    return int(text)
 
 
 def fault(text: str) -> tuple[str, str]:
@@ -293,8 +866,21 @@ def parse_arguments() -> argparse.Namespace:
     order.add_argument("--review-seconds", type=float, help="default 30 for a person, 2 for timer")
     order.add_argument("--deadline", dest="deadline_seconds", type=float, help="default 15")
     order.add_argument("--max-attempts", type=int, help="of each step; default 3; 0: no limit")
+    crash = commands.add_parser(
+        "crash", help="the crash tests, unattended, on a server of their own"
+    )
+    tests = list(dict.fromkeys([test.name for test in CRASH_TESTS] + ["no-temporal"]))
+    crash.add_argument(
+        "names", nargs="*", metavar="NAME", help=f"of {', '.join(tests)}; default all"
+    )
+    chaos = commands.add_parser("chaos", help="many orders under many kills")
+    chaos.add_argument("--orders", type=positive, default=60, help="default 60")
+    chaos.add_argument("--kills", type=positive, default=10, help="of workers; default 10")
+    chaos.add_argument("--seed", type=int, default=1, help="of what is drawn; default 1")
     options = parser.parse_args()
-    if options.simulate:
+    if unknown := set(getattr(options, "names", [])) - set(tests):
+        crash.error(f"no crash test {min(unknown)}; there are {', '.join(tests)}")
+    if getattr(options, "simulate", None):
         options.simulate = dict(options.simulate)
     return options
 
@@ -304,7 +890,7 @@ def main() -> int:
     options = parse_arguments()
     # A plain kill should clean up after us like Ctrl+C.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    commands = {"charge": run_charge, "order": run_order}
+    commands = {"charge": run_charge, "order": run_order, "crash": run_crash, "chaos": run_chaos}
     try:
         return asyncio.run(commands[options.command](options))
     except RPCError as error:
