@@ -684,7 +684,8 @@ class Chaos:
     def __init__(self, stage: Stage, options: argparse.Namespace) -> None:
         self.stage, self.options = stage, options
         self.random = random.Random(options.seed)
-        self.allowed: dict[str, set[str]] = {}
+        # Drawn before anything runs: the same seed gives the same orders, whatever the kills do.
+        self.drawn = {f"chaos-{n}": self.random.choice(CHAOS) for n in range(options.orders)}
         self.workers_killed = self.server_killed = 0
         self.line = Line()
 
@@ -714,10 +715,7 @@ class Chaos:
         """Place the orders, spread over the kills, and treat each as people would."""
         pause = 1.5 * self.options.kills / self.options.orders
         treating = []
-        for number in range(self.options.orders):
-            allowed, fields, signal_name = self.random.choice(CHAOS)
-            order_id = f"chaos-{number}"
-            self.allowed[order_id] = allowed
+        for order_id, (_, fields, signal_name) in self.drawn.items():
             raw = PATIENT | fields | {"order_id": order_id}
             treating.append(asyncio.create_task(self._treat(raw, signal_name)))
             await asyncio.sleep(pause)
@@ -750,8 +748,8 @@ class Chaos:
     def _wrong(self) -> list[str]:
         """List the orders that were lost or ended as they must not, and what the audit finds."""
         ended = self._ended()
-        lost = [f"{id_}: lost" for id_ in self.allowed if id_ not in ended]
-        odd = [f"{i}: {end}" for i, end in ended.items() if end not in self.allowed[i]]
+        lost = [f"{order_id}: lost" for order_id in self.drawn if order_id not in ended]
+        odd = [f"{id_}: {end}" for id_, end in ended.items() if end not in self.drawn[id_][0]]
         return lost + odd + store.audit()
 
 

@@ -10,6 +10,7 @@ import asyncio
 import subprocess
 import uuid
 from collections.abc import Coroutine, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,10 +22,10 @@ from temporalio.client import (
     WorkflowHistory,
 )
 from temporalio.exceptions import ApplicationError
-from temporalio.worker import Replayer
+from temporalio.worker import Replayer, Worker
 
 import charge_store as store
-from activities import STEPS
+from activities import ORDER_STEPS, STEPS
 from starter import Stage, private_stage
 from worker import make_workers
 from workflows import ORDERS_QUEUE, OrderWorkflow
@@ -432,3 +433,38 @@ def test_each_prefix_of_a_history_replays(name: str, played: dict[str, Any]) -> 
         await replayer.replay_workflow(history)
 
     within(work())
+
+
+@pytest.mark.parametrize("way", ["cancel", "CANCEL", "deadline"])
+def test_a_stop_is_obeyed_that_comes_together_with_a_steps_answer(stage: Stage, way: str) -> None:
+    """Both reach the workflow in one task; the `await` returns the answer and drops the stop."""
+    order_id, queue = f"together-{way}", f"together-{way}-tq"
+    deadline = 3 if way == "deadline" else 600
+
+    async def work() -> Outcome:
+        client = await connect(stage)
+        deciding: dict[str, Any] = {"task_queue": queue, "workflows": [OrderWorkflow]}
+        doing: dict[str, Any] = {
+            "task_queue": queue,
+            "activities": ORDER_STEPS,
+            "activity_executor": threads,
+        }
+        raw = {"order_id": order_id, "deadline_seconds": deadline}
+        handle = await client.start_workflow("OrderWorkflow", raw, id=order_id, task_queue=queue)
+        async with Worker(client, **deciding):
+            while not (await handle.describe()).raw_description.pending_activities:
+                await asyncio.sleep(0.05)
+        async with Worker(client, **doing):
+            while (await handle.describe()).raw_description.pending_activities:
+                await asyncio.sleep(0.05)
+        if way == "deadline":
+            await asyncio.sleep(deadline)
+        else:
+            await (handle.cancel() if way == "CANCEL" else handle.signal("cancel"))
+        async with Worker(client, **deciding), Worker(client, **doing):
+            return await gather(handle)
+
+    with ThreadPoolExecutor(4) as threads:
+        outcome = within(work())
+    assert outcome.ended == ("DeadlineExceeded" if way == "deadline" else "CANCELLED")
+    assert outcome.effects == {}

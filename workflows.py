@@ -107,6 +107,7 @@ class OrderWorkflow:
         self._shipping_attempts = 0
         self._undos: list[Callable[..., Any]] = []
         self._seconds_left = self._order.deadline_seconds
+        self._deadline: asyncio.Timeout | None = None
         self._story: asyncio.Task[Any] | None = None
         self._cancelled = False
         self._decisions = 0
@@ -117,7 +118,10 @@ class OrderWorkflow:
 
         Raises ApplicationError if it FAILED; its type says why.
         """
-        self._begin()
+        if self._invalid:
+            self._show("FAILED")
+            raise self._invalid
+        self._story = asyncio.current_task()
         try:
             async with self._machine_time():
                 await self._do(step.receive_order, "RECEIVING")
@@ -142,17 +146,19 @@ class OrderWorkflow:
 
     # What the story is made of.
 
-    def _begin(self) -> None:
-        """Refuse an invalid order before its first command; obey a cancel that came before us."""
-        if self._invalid:
-            self._enter("FAILED")
-            raise self._invalid
-        self._story = asyncio.current_task()
-        if self._cancelled and self._story:
-            self._story.cancel()
-
     def _enter(self, state: str) -> None:
-        """Go on to a state and show it, in Temporal's Web UI too."""
+        """Go on to the next part of the story, unless a cancel or the deadline has come.
+
+        Looked at here as well, because one that comes in the same moment as a step's answer is
+        swallowed by the `await`, which returns the answer.
+        """
+        late = self._deadline is not None and self._deadline.expired()
+        if late or self._cancelled or workflow.cancellation_reason() is not None:
+            raise asyncio.CancelledError
+        self._show(state)
+
+    def _show(self, state: str) -> None:
+        """Set the state and show it, in Temporal's Web UI too."""
         self._state = state
         workflow.set_current_details(f"**{state}** {self._last_error}")
 
@@ -160,9 +166,9 @@ class OrderWorkflow:
         self, activity: Callable[..., Any], state: str, undo: Callable[..., Any] | None = None
     ) -> None:
         """Do a step. Its undo is registered first: a step that "failed" may have happened."""
+        self._enter(state)
         if undo:
             self._undos.append(undo)
-        self._enter(state)
         await perform(activity, self._order, self._order.max_attempts)
 
     @asynccontextmanager
@@ -171,16 +177,17 @@ class OrderWorkflow:
         now = asyncio.get_running_loop().time
         started = now()
         try:
-            async with asyncio.timeout(self._seconds_left) as deadline:
+            async with asyncio.timeout(self._seconds_left) as self._deadline:
                 yield
         except (FailureError, TimeoutError, asyncio.CancelledError) as error:
             # A step cut off by the deadline raises its own cancellation, not TimeoutError.
-            if not deadline.expired():
+            if not self._deadline or not self._deadline.expired():
                 raise
             problem = f"not done within {self._order.deadline_seconds} s, while {self._state}"
             raise ApplicationError(problem, type="DeadlineExceeded") from error
         finally:
             self._seconds_left -= now() - started
+            self._deadline = None
 
     async def _wait(self) -> None:
         """Wait as long as the order asks to. The timer is the server's: it survives our death."""
@@ -206,8 +213,8 @@ class OrderWorkflow:
 
     async def _ship(self, undo: Callable[..., Any]) -> None:
         """Ship through a child workflow on its own task queue; three tries in all."""
-        self._undos.append(undo)
         self._enter("SHIPPING")
+        self._undos.append(undo)
         order = replace(self._order, address=self._address)
         while True:
             self._shipping_attempts += 1
@@ -230,6 +237,7 @@ class OrderWorkflow:
                 problem = f"shipping failed {SHIPPING_TRIES} times: {self._last_error}"
                 raise ApplicationError(problem, type="OrderGivenUp")
             await workflow.sleep(0.5 * 2**self._shipping_attempts, summary="Before shipping again")
+            self._enter("SHIPPING")
 
     def _failure(self, error: BaseException) -> ApplicationError:
         """Say what failed the order, in an error whose type says why."""
@@ -247,7 +255,7 @@ class OrderWorkflow:
         """Undo what was begun, last first, until done, whatever the limits; write the outcome."""
         self._last_error = failure.message if failure else self._last_error
         if undo:
-            self._enter("COMPENSATING")
+            self._show("COMPENSATING")
             for undo_step in reversed(self._undos):
                 if await perform(undo_step, self._order, max_attempts=0) == "dispatched":
                     # The package has left: there is nothing to undo, the order is complete.
@@ -258,7 +266,7 @@ class OrderWorkflow:
             {"reason": f"{failure.type}: {failure.message}"} if failure else {}
         )
         await perform(step.record_outcome, Note(self._order, "outcome", outcome), max_attempts=0)
-        self._enter(state)
+        self._show(state)
         await workflow.wait_condition(workflow.all_handlers_finished)
         if failure:
             raise failure
