@@ -125,7 +125,8 @@ class Stage:
             self.workers.remove(worker)
             if worker.returncode not in (137, -9):
                 sys.exit(f"worker {worker.pid} ended with exit code {worker.returncode}")
-            say(f"worker {worker.pid} died; starting another")
+            if not self.quiet:
+                say(f"worker {worker.pid} died; starting another")
             self.start_worker()
 
     async def close(self) -> None:

@@ -7,11 +7,14 @@ Every wait is bounded and polls for a condition; no test depends on something be
 from __future__ import annotations
 
 import asyncio
+import json
 import subprocess
 import uuid
 from collections.abc import Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -22,6 +25,7 @@ from temporalio.client import (
     WorkflowHistory,
 )
 from temporalio.exceptions import ApplicationError
+from temporalio.service import RPCError
 from temporalio.worker import Replayer, Worker
 
 import charge_store as store
@@ -30,6 +34,7 @@ from starter import Stage, private_stage
 from worker import make_workers
 from workflows import ORDERS_QUEUE, OrderWorkflow
 
+BRIEF = timedelta(seconds=3)
 LONG = 60  # seconds after which a wait has failed; far above what anything here takes
 PATIENT = {"deadline_seconds": 600, "max_attempts": 0}
 PAID = {"charge": "charged", "reservation": "reserved", "dispatch": "dispatched"}
@@ -212,7 +217,7 @@ for state, left, order, fault in CANCELS:
         SCENARIOS[f"{way} while {state} {fault}"] = Scenario("CANCELLED", left, order, sends)
 
 
-async def play(client: Client, scenario: Scenario) -> Outcome:
+async def play(client: Client, scenario: Scenario, stage: Stage | None) -> Outcome:
     """Place a scenario's order, send its messages, and gather what came of it."""
     order_id = f"test-{uuid.uuid4().hex[:12]}"
     raw = PATIENT | {"max_attempts": 3, "order_id": order_id} | scenario.order
@@ -230,7 +235,12 @@ async def play(client: Client, scenario: Scenario) -> Outcome:
             continue
         if state != "NOW":
             await reach(handle, state)
-        if name.startswith("CANCEL"):
+        if name == "KILL" and stage:
+            stage.workers[-1].kill()
+        elif name == "KILL SERVER" and stage:
+            await stage.kill_server()
+            await stage.start_server()
+        elif name.startswith("CANCEL"):
             target = f"ship-{order_id}" if name == "CANCEL SHIPPING" else order_id
             await client.get_workflow_handle(target).cancel()
         else:
@@ -243,13 +253,21 @@ def arguments(argument: Any) -> list[Any]:
     return argument if isinstance(argument, list) else [argument]
 
 
+async def status_of(handle: WorkflowHandle[Any, Any]) -> dict[str, Any]:
+    """Query an order's status, again while there is no worker or no server."""
+    while True:
+        with suppress(RPCError):
+            status: dict[str, Any] = await handle.query("status", rpc_timeout=BRIEF)
+            return status
+
+
 async def reach(handle: WorkflowHandle[Any, Any], state: str) -> None:
     """Wait until the order is in a state, or until a step of it has begun."""
     for _ in range(LONG * 10):
         if state in STEPS or state == "DISPATCHED":
             if store.count(handle.id, state) or "dispatch" in ledger(handle.id):
                 return
-        elif (await handle.query("status"))["state"] == state:
+        elif (await status_of(handle))["state"] == state:
             return
         await asyncio.sleep(0.1)
     raise AssertionError(f"{handle.id} did not reach {state}")
@@ -273,20 +291,22 @@ async def gather(handle: WorkflowHandle[Any, Any]) -> Outcome:
         ended = str(error.cause.type)
     return Outcome(
         ended,
-        await handle.query("status"),
+        await status_of(handle),
         ledger(handle.id),
         store.select("SELECT * FROM events WHERE order_id = ? ORDER BY id", handle.id),
         await handle.fetch_history(),
     )
 
 
-async def play_all(client: Client, scenarios: dict[str, Scenario]) -> dict[str, Any]:
+async def play_all(
+    client: Client, scenarios: dict[str, Scenario], stage: Stage | None = None
+) -> dict[str, Any]:
     """Play scenarios side by side, but not so many that a step takes long; keep what each gave."""
     places = asyncio.Semaphore(24)
 
     async def one(scenario: Scenario) -> Outcome:
         async with places:
-            return await asyncio.wait_for(play(client, scenario), LONG)
+            return await asyncio.wait_for(play(client, scenario, stage), 2 * LONG)
 
     results = await asyncio.gather(*map(one, scenarios.values()), return_exceptions=True)
     return dict(zip(scenarios, results, strict=True))
@@ -310,8 +330,9 @@ def check(name: str, scenario: Scenario, outcome: Outcome | BaseException) -> No
     assert (outcome.ended, outcome.effects) == (scenario.ends, scenario.effects)
     state = scenario.ends if scenario.ends.isupper() else "FAILED"
     assert outcome.status["state"] == state
-    assert outcome.events[-1]["type"] == "outcome"
-    assert f'"state": "{state}"' in outcome.events[-1]["payload_json"]
+    # Nothing comes after the outcome but the attempts at writing it down.
+    last = [e for e in outcome.events if e["type"] not in ("fault", "record_outcome")][-1]
+    assert (last["type"], json.loads(last["payload_json"])["state"]) == ("outcome", state)
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
@@ -394,6 +415,98 @@ def test_an_outage_without_end_fails_the_order_but_never_its_compensation(
     else:
         assert down[step] == "OrderGivenUp"
         assert "charged" not in ledger(f"down-{step}").values()
+
+
+# The crash matrix: a process dies in every activity, before and after its effect.
+
+GIVEN_UP_LATE = [*YES, ("prepare_package", "cancel", "")]
+CRASHES = {
+    f"{step} {fault}": Scenario(
+        "CANCELLED",
+        VOIDED,
+        PATIENT | {"simulate": {"prepare_package": "down", step: fault}},
+        GIVEN_UP_LATE,
+    )
+    if step in UNDO_STEPS
+    else Scenario("COMPLETED", PAID, PATIENT | {"simulate": {step: fault}}, YES)
+    for step in STEPS
+    for fault in ("crash-before", "crash-after")
+} | {
+    "worker killed in the review": Scenario(
+        "COMPLETED",
+        PAID,
+        PATIENT | {"review_seconds": 60},
+        [("AWAITING_REVIEW", "KILL", None), ("NOW", "approve", "")],
+    ),
+    "worker killed while the child runs": Scenario(
+        "COMPLETED",
+        PAID,
+        PATIENT | {"simulate": {"prepare_package": "slow"}},
+        [*YES, ("prepare_package", "KILL", None)],
+    ),
+    "server killed in a charge": Scenario(
+        "COMPLETED", PAID, PATIENT | SLOW_CHARGE, [*YES, ("charge_payment", "KILL SERVER", None)]
+    ),
+    "server killed in a wait": Scenario(
+        "COMPLETED", PAID, PATIENT | {"wait_seconds": 3}, [*YES, ("WAITING", "KILL SERVER", None)]
+    ),
+}
+CALM = {
+    "COMPLETED": Scenario("COMPLETED", PAID, {}, YES),
+    "CANCELLED": Scenario(
+        "CANCELLED", VOIDED, PATIENT | {"simulate": {"prepare_package": "down"}}, GIVEN_UP_LATE
+    ),
+}
+
+
+@pytest.fixture(scope="session")
+def crashed(stage: Stage) -> dict[str, Any]:
+    """Play the crash matrix on one worker at a time, and the same orders in a calm run."""
+    for process in list(stage.workers):
+        stage.kill_worker(process)
+    stage.start_worker()
+
+    async def work() -> dict[str, Any]:
+        client = await connect(stage)
+        calm = await play_all(client, CALM, stage)
+        reviving = asyncio.create_task(revive(stage))
+        outcomes = await play_all(client, CRASHES, stage)
+        reviving.cancel()
+        return calm | outcomes
+
+    outcomes: dict[str, Any] = within(work(), 5 * LONG)
+    return outcomes
+
+
+async def revive(stage: Stage) -> None:
+    """Start another worker whenever one has died."""
+    while True:
+        stage.revive()
+        await asyncio.sleep(0.1)
+
+
+def rows(outcome: Outcome) -> list[tuple[Any, ...]]:
+    """List what an order left in the ledger, without its id."""
+    order_id = outcome.status["order_id"]
+    return sorted(
+        (
+            row["kind"],
+            row["idempotency_key"].replace(order_id, ""),
+            row["amount_cents"],
+            row["status"],
+        )
+        for row in store.select("SELECT * FROM effects WHERE order_id = ?", order_id)
+    )
+
+
+@pytest.mark.parametrize("name", CRASHES)
+def test_a_crash_leaves_the_same_ledger_as_a_calm_run(name: str, crashed: dict[str, Any]) -> None:
+    scenario, outcome = CRASHES[name], crashed[name]
+    check(name, scenario, outcome)
+    assert rows(outcome) == rows(crashed[scenario.ends])
+    step, _, fault = name.partition(" ")
+    if fault.startswith("crash"):
+        assert json.dumps({step: fault}) in [event["payload_json"] for event in outcome.events]
 
 
 @pytest.fixture(scope="session")
