@@ -109,12 +109,14 @@ def parse_order(raw: Any, workflow_id: str, charge: bool = False) -> Order:
     if not isinstance(raw, dict) or "order_id" not in raw:
         raise invalid(f"order_id: missing; an order is a JSON object, not {ascii(raw)[:80]}")
     if unknown := raw.keys() - RULES.keys():
-        raise invalid(f"{ascii(min(unknown))[:80]}: unknown field, must be of {', '.join(RULES)}")
+        raise invalid(
+            f"{ascii(min(unknown, key=str))[:80]}: unknown field, must be of {', '.join(RULES)}"
+        )
     order = Order(**raw)
     for name, (valid, rule) in RULES.items():
         if not valid(value := getattr(order, name)):
             raise invalid(f"{name}: {rule}, not {ascii(value)[:80]}")
-    if order.order_id.startswith(("ship-", "charge-")) and not charge:
+    if order.order_id.startswith("ship-" if charge else ("ship-", "charge-")):
         raise invalid(f"order_id: must not begin with ship- or charge-, as {order.order_id} does")
     if order.order_id != workflow_id:
         raise invalid(f"order_id: must be the workflow id {workflow_id!a}, not {order.order_id}")
@@ -161,7 +163,7 @@ def charge_payment(order: Order) -> dict[str, Any]:
     return _attempt(
         order,
         f"charging {order.customer_id} {amount}",
-        lambda: _ask(_payable(order), "charge", order.payment_id),
+        lambda: _charge(order),
     )
 
 
@@ -212,14 +214,12 @@ def record_outcome(note: Note) -> None:
     _attempt(note.order, f"recording {note.payload['state']}", lambda: _write(note))
 
 
-SHIPPING_STEPS: list[Callable[..., Any]] = [prepare_package, dispatch_carrier]
 ORDER_STEPS: list[Callable[..., Any]] = [
-    receive_order,
-    validate_order,
-    reserve_inventory,
-    charge_payment,
+    *(receive_order, validate_order, reserve_inventory, charge_payment),
+    *(void_dispatch, refund_payment, release_inventory),
+    *(record_decision, record_outcome),
 ]
-ORDER_STEPS += [void_dispatch, refund_payment, release_inventory, record_decision, record_outcome]
+SHIPPING_STEPS: list[Callable[..., Any]] = [prepare_package, dispatch_carrier]
 STEPS = [step.__name__ for step in ORDER_STEPS + SHIPPING_STEPS]
 
 
@@ -234,6 +234,15 @@ def _ask(order: Order, kind: str, key: str) -> dict[str, Any]:
         again = "already %s: same receipt (requests %d) for %s"
         log.info(again, receipt["status"], receipt["requests"], order.order_id)
     return receipt
+
+
+def _charge(order: Order) -> dict[str, Any]:
+    """Ask for the charge, unless the card has expired: it is good to the end of its month."""
+    month, year = order.card_expiry.split("/")
+    today = datetime.now(UTC)
+    if (2000 + int(year), int(month)) < (today.year, today.month):
+        raise PaymentDeclined(f"card expired {order.card_expiry}")
+    return _ask(order, "charge", order.payment_id)
 
 
 def _undo(order: Order, kind: str, key: str) -> str:
@@ -274,12 +283,12 @@ def _attempt(order: Order, doing: str, effect: Callable[[], T], **details: Any) 
 def _fail(order: Order, step: str, fault: str) -> None:
     """Play the faults that come before the effect."""
     begun = store.count(order.order_id, step) if fault in ("flaky", "random") else 0
-    if fault == "random":  # drawn from what does not change when the test runs again
+    if fault == "random":  # drawn from what is the same when the test runs again
         draw = zlib.crc32(f"{order.order_id} {step} {begun}".encode()) % 3
-        fault = ("down", "hang-now", "")[draw]
+        fault = ("down", "hang", "")[draw]
     if fault == "down" or (fault == "flaky" and begun <= 2):
         raise Outage(f"simulated outage of {step}")
-    if fault == "hang-now" or (fault == "hang" and _once(order, step, fault)):
+    if fault == "hang" and _once(order, step, f"hang {begun}" if begun else fault):
         _wait(float("inf"))
     if fault == "crash-before" and _once(order, step, fault):
         _crash(step, order)
@@ -306,15 +315,6 @@ def _crash(doing: str, order: Order) -> None:
     """Die here, at once and without cleaning up, as under kill -9."""
     log.info("worker %d dies while %s for %s", os.getpid(), doing, order.order_id)
     os._exit(137)  # 128 + 9: what a shell reports after kill -9
-
-
-def _payable(order: Order) -> Order:
-    """Return the order if its card can pay; raise PaymentDeclined if it has expired."""
-    month, year = order.card_expiry.split("/")
-    today = datetime.now(UTC)
-    if (2000 + int(year), int(month)) < (today.year, today.month):
-        raise PaymentDeclined(f"card expired {order.card_expiry}")
-    return order
 
 
 def _write(note: Note) -> None:

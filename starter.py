@@ -282,8 +282,8 @@ TWICE_ASKED = ONCE | {"charge": ("charged", 2)}
 BUG = ("workflows.py", 'step.charge_payment, "CHARGING"', 'step.charge_paymnet, "CHARGING"')
 NO_KEY = (
     "activities.py",
-    '_payable(order), "charge", order.payment_id',
-    '_payable(order), "charge", f"{order.payment_id}-{activity.info().attempt}"',
+    '_ask(order, "charge", order.payment_id',
+    '_ask(order, "charge", f"{order.payment_id}-{activity.info().attempt}"',
 )
 
 

@@ -31,7 +31,7 @@ from temporalio.worker import Replayer, Worker
 import charge_store as store
 from activities import ORDER_STEPS, STEPS
 from starter import Stage, private_stage
-from worker import make_workers
+from worker import DATA_CONVERTER, make_workers
 from workflows import ORDERS_QUEUE, OrderWorkflow
 
 BRIEF = timedelta(seconds=3)
@@ -68,7 +68,7 @@ def worker(stage: Stage) -> subprocess.Popen[bytes]:
 
 
 async def connect(stage: Stage) -> Client:
-    return await Client.connect(stage.address)
+    return await Client.connect(stage.address, data_converter=DATA_CONVERTER)
 
 
 # Scenarios: an order, what people do to it and when, and how it must end.
@@ -171,6 +171,12 @@ SCENARIOS: dict[str, Scenario] = {
         PAID,
         {"simulate": {"dispatch_carrier": "slow"}},
         [*YES, ("DISPATCHED", "cancel", "too late")],
+    ),
+    "cancelled again and again": Scenario(
+        "COMPLETED",
+        PAID,
+        {"simulate": {"record_outcome": "slow"}},
+        [*YES, ("record_outcome", "cancel", "1"), ("NOW", "CANCEL", None), ("NOW", "cancel", "2")],
     ),
     "cancelled before it starts": Scenario("CANCELLED", {}, {}, [("START", "cancel", "no")]),
     "address changed": Scenario(

@@ -14,12 +14,14 @@ import os
 import shutil
 import sys
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from temporalio.client import Client
+from temporalio.converter import DataConverter
 from temporalio.envconfig import ClientConfig
 from temporalio.worker import Worker
 
@@ -31,12 +33,14 @@ from workflows import (
     ChargeWorkflow,
     OrderWorkflow,
     ShippingWorkflow,
+    TolerantConverter,
 )
 
 DEFAULT_ADDRESS = "localhost:7233"
 # A workflow task first goes to the worker that has the workflow in memory. If that one was killed,
 # this long passes before any other gets it; the default, 10 s, looks like a hang.
 STICKY = timedelta(seconds=0.5)
+DATA_CONVERTER = DataConverter(payload_converter_class=TolerantConverter)
 THREADS = 32  # activities at once; most of them wait
 
 
@@ -52,7 +56,9 @@ async def connect() -> Client:
     """Connect within 4 s, or exit with a line that says what to do."""
     # Without this pause the SDK can crash while Python exits (sdk-python issue 300).
     atexit.register(time.sleep, 0.1)
-    config = {"target_host": DEFAULT_ADDRESS} | client_config()
+    config: dict[str, Any] = {"target_host": DEFAULT_ADDRESS, "data_converter": DATA_CONVERTER}
+    config |= client_config()
+    warnings.filterwarnings("ignore", module="temporalio")  # about addresses; we say it ourselves
     try:
         return await asyncio.wait_for(Client.connect(**config), 4)
     except (RuntimeError, ValueError, TimeoutError):

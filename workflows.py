@@ -8,14 +8,16 @@ no clock, no random numbers, no files, no ledger. All of that is in activities.p
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
 from temporalio import workflow
+from temporalio.api.common.v1 import Payload
 from temporalio.common import RetryPolicy
+from temporalio.converter import DefaultPayloadConverter
 from temporalio.exceptions import (
     ActivityError,
     ApplicationError,
@@ -31,7 +33,6 @@ with workflow.unsafe.imports_passed_through():
 ORDERS_QUEUE, SHIPPING_QUEUE = "orders-tq", "shipping-tq"
 SHIPPING_TRIES = 3
 NOTE_LENGTH = 500
-FINAL_STATES = ("COMPLETED", "REJECTED", "EXPIRED", "CANCELLED", "FAILED")
 # Answers that asking again will not change.
 REFUSALS = ["InvalidOrder", "PaymentDeclined", "PaymentConflict", "OrderGivenUp"]
 # The slowest honest answer takes 5 s; after twice that we stop waiting for it.
@@ -59,6 +60,11 @@ async def perform(activity: Callable[..., Any], argument: Any, max_attempts: int
     )
 
 
+def clip(text: Any) -> str:
+    """Make whatever a signal brought a short text that every screen and file can take."""
+    return str(text)[:NOTE_LENGTH].encode("utf-8", "backslashreplace").decode()
+
+
 def only(inputs: tuple[Any, ...]) -> Any:
     """Take the one input; anything else is passed on whole, for parse_order to refuse."""
     return inputs[0] if len(inputs) == 1 else list(inputs)
@@ -66,6 +72,19 @@ def only(inputs: tuple[Any, ...]) -> Any:
 
 # Workflows and handlers take any inputs of any type and check them in code: an input that did not
 # fit a signature would fail not the order but its workflow task, which Temporal retries for ever.
+
+
+class TolerantConverter(DefaultPayloadConverter):
+    """Hands over an input that does not even decode as the error that it gave."""
+
+    def from_payloads(
+        self, payloads: Sequence[Payload], type_hints: list[type] | None = None
+    ) -> list[Any]:
+        """Decode payloads as usual."""
+        try:
+            return super().from_payloads(payloads, type_hints)
+        except Exception as error:
+            return [error]
 
 
 @workflow.defn
@@ -110,6 +129,7 @@ class OrderWorkflow:
         self._deadline: asyncio.Timeout | None = None
         self._story: asyncio.Task[Any] | None = None
         self._cancelled = False
+        self._ending = False
         self._decisions = 0
 
     @workflow.run
@@ -134,15 +154,10 @@ class OrderWorkflow:
             async with self._machine_time():
                 await self._do(step.charge_payment, "CHARGING", undo=step.refund_payment)
                 await self._ship(undo=step.void_dispatch)
-            ending = self._settle("COMPLETED")
-        except Ended as end:
-            ending = self._settle(str(end), undo=True)
-        except (FailureError, asyncio.CancelledError) as error:
-            if is_cancelled_exception(error):
-                ending = self._settle("CANCELLED", undo=True)
-            else:
-                ending = self._settle("FAILED", self._failure(error), undo=True)
-        return await self._shielded(ending)
+            state, failure = "COMPLETED", None
+        except (Ended, FailureError, asyncio.CancelledError) as error:
+            state, failure = self._why(error)
+        return await self._shielded(self._settle(state, failure))
 
     # What the story is made of.
 
@@ -233,38 +248,39 @@ class OrderWorkflow:
                 if is_cancelled_exception(error):
                     raise
                 self._last_error = str(error.cause)
+            self._enter("SHIPPING")
             if self._shipping_attempts == SHIPPING_TRIES:
                 problem = f"shipping failed {SHIPPING_TRIES} times: {self._last_error}"
                 raise ApplicationError(problem, type="OrderGivenUp")
             await workflow.sleep(0.5 * 2**self._shipping_attempts, summary="Before shipping again")
-            self._enter("SHIPPING")
 
-    def _failure(self, error: BaseException) -> ApplicationError:
-        """Say what failed the order, in an error whose type says why."""
-        if isinstance(error, ApplicationError):
-            return error
+    def _why(self, error: BaseException) -> tuple[str, ApplicationError | None]:
+        """Name the state that an error ends the story in, and for FAILED the error to fail with."""
+        if isinstance(error, Ended):
+            return str(error), None
+        if is_cancelled_exception(error):
+            return "CANCELLED", None
         cause = error.cause if isinstance(error, ActivityError) else error
-        if isinstance(cause, ApplicationError) and cause.type in REFUSALS:
-            return ApplicationError(cause.message, type=cause.type)
+        if isinstance(cause, ApplicationError) and cause.type in (*REFUSALS, "DeadlineExceeded"):
+            return "FAILED", ApplicationError(cause.message, type=cause.type)
         problem = f"given up while {self._state}: {cause}"
-        return ApplicationError(problem, type="OrderGivenUp")
+        return "FAILED", ApplicationError(problem, type="OrderGivenUp")
 
-    async def _settle(
-        self, state: str, failure: ApplicationError | None = None, undo: bool = False
-    ) -> str:
+    async def _settle(self, state: str, failure: ApplicationError | None) -> str:
         """Undo what was begun, last first, until done, whatever the limits; write the outcome."""
-        self._last_error = failure.message if failure else self._last_error
-        if undo:
+        self._ending = True
+        if state != "COMPLETED":
+            self._last_error = failure.message if failure else self._last_error
             self._show("COMPENSATING")
-            for undo_step in reversed(self._undos):
-                if await perform(undo_step, self._order, max_attempts=0) == "dispatched":
+            for undo in reversed(self._undos):
+                if await perform(undo, self._order, max_attempts=0) == "dispatched":
                     # The package has left: there is nothing to undo, the order is complete.
-                    state, failure = "COMPLETED", None
+                    state, failure, self._last_error = "COMPLETED", None, ""
                     break
         await workflow.wait_condition(workflow.all_handlers_finished)
-        outcome = {"state": state} | (
-            {"reason": f"{failure.type}: {failure.message}"} if failure else {}
-        )
+        outcome = {"state": state}
+        if failure:
+            outcome["reason"] = f"{failure.type}: {failure.message}"
         await perform(step.record_outcome, Note(self._order, "outcome", outcome), max_attempts=0)
         self._show(state)
         await workflow.wait_condition(workflow.all_handlers_finished)
@@ -272,13 +288,13 @@ class OrderWorkflow:
             raise failure
         return state
 
-    async def _shielded(self, ending: Any) -> str:
-        """Let the ending finish: a second cancellation, from the UI say, must not tear it."""
+    async def _shielded(self, ending: Coroutine[Any, Any, str]) -> str:
+        """Let the ending finish: further cancellations, from the UI say, must not tear it."""
         task = asyncio.create_task(ending)
-        try:
-            return str(await asyncio.shield(task))
-        except asyncio.CancelledError:
-            return str(await task)
+        while not task.done():
+            with suppress(asyncio.CancelledError):
+                await asyncio.shield(task)
+        return task.result()
 
     # Signals, an update and a query. No signal handler may raise: it would fail the order, or its
     # workflow task for ever. Each defaults its parameters and swallows surplus ones.
@@ -296,24 +312,23 @@ class OrderWorkflow:
     @workflow.signal
     async def cancel(self, reason: Any = "", *_: Any) -> None:
         """Cancel the order, which is the same as cancelling the workflow, with a reason."""
-        if self._undoable():
-            self._cancelled = True
-            self._note = str(reason)[:NOTE_LENGTH]
+        if not self._ending:
+            self._cancelled, self._note = True, clip(reason)
             if self._story:
                 self._story.cancel()
-        await self._record("cancel", reason=str(reason)[:NOTE_LENGTH])
+        await self._record("cancel", reason=clip(reason))
 
     @workflow.signal
     async def dispatch_failed(self, reason: Any = "", *_: Any) -> None:
         """Hear from the child why it fails; that it failed, its end will tell."""
-        self._last_error = str(reason)[:NOTE_LENGTH]
-        await self._record("dispatch_failed", reason=self._last_error)
+        self._last_error = clip(reason)
+        await self._record("dispatch_failed", reason=clip(reason))
 
     @workflow.signal(name="update_address")
     async def signal_address(self, address: Any = "", *_: Any) -> None:
         """Change the address, or note why not: a signal has no answer."""
         if problem := self._address_problem(address):
-            await self._record("address_refused", address=str(address)[:200], reason=problem)
+            await self._record("address_refused", address=clip(address), reason=problem)
         else:
             await self.update_address(address)
 
@@ -345,21 +360,17 @@ class OrderWorkflow:
 
     async def _decide(self, verb: str, decision: str, note: Any) -> None:
         """Take the first decision, early or not; later ones are only recorded."""
-        counts = self._decision is None and self._undoable()
+        counts = self._decision is None and not self._ending
         if counts:
-            self._decision, self._note = decision, str(note)[:NOTE_LENGTH]
-        await self._record(verb, note=str(note)[:NOTE_LENGTH], counts=counts)
-
-    def _undoable(self) -> bool:
-        """Tell whether the story is still being told: no ending has begun."""
-        return self._state not in ("COMPENSATING", *FINAL_STATES)
+            self._decision, self._note = decision, clip(note)
+        await self._record(verb, note=clip(note), counts=counts)
 
     def _address_problem(self, address: Any) -> str:
         """Say why the address cannot be changed to this one; empty if it can."""
         valid, rule = RULES["address"]
         if not valid(address):
             return f"address {rule}"
-        if self._state == "SHIPPING" or not self._undoable():
+        if self._state == "SHIPPING" or self._ending:
             return f"too late, the order is {self._state}"
         return ""
 
@@ -386,7 +397,7 @@ class ShippingWorkflow:
         except ActivityError as error:
             if is_cancelled_exception(error):
                 raise
-            reason = f"dispatch failed: {error.cause}"
+            reason = f"{error.activity_type} failed: {error.cause}"
             if info.parent:
                 parent = workflow.get_external_workflow_handle(info.parent.workflow_id)
                 await parent.signal(OrderWorkflow.dispatch_failed, reason)
