@@ -282,7 +282,10 @@ def _attempt(order: Order, doing: str, effect: Callable[[], T], **details: Any) 
 
 def _fail(order: Order, step: str, fault: str) -> None:
     """Play the faults that come before the effect."""
-    begun = store.count(order.order_id, step) if fault in ("flaky", "random") else 0
+    begun = 0
+    if fault in ("flaky", "random"):
+        with activity.shield_thread_cancel_exception():
+            begun = store.count(order.order_id, step)
     if fault == "random":  # drawn from what is the same when the test runs again
         draw = zlib.crc32(f"{order.order_id} {step} {begun}".encode()) % 3
         fault = ("down", "hang", "")[draw]

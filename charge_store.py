@@ -14,6 +14,7 @@ import json
 import os
 import sqlite3
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -52,20 +53,36 @@ def store_path() -> Path:
     return Path(os.environ.get("CHARGE_STORE") or Path(__file__).with_name("charge_store.db"))
 
 
+_lock = threading.Lock()
+_opened: list[tuple[Path, sqlite3.Connection]] = []  # at most one
+
+
 @contextmanager
 def connect() -> Iterator[sqlite3.Connection]:
-    """Open the store for one call; each statement is a transaction of its own."""
-    # Writers queue for the file; 30 s is far above any queue that two cores can build.
-    connection = sqlite3.connect(store_path(), timeout=30, isolation_level=None)
-    try:
-        connection.row_factory = sqlite3.Row
-        # FULL: a charge that was answered is on disk, even if the power fails.
-        connection.execute("PRAGMA synchronous = FULL")
-        if not connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'events'").fetchone():
-            _create(connection)
-        yield connection
-    finally:
-        connection.close()
+    """Hold the process's one connection; each statement is a transaction of its own.
+
+    A connection for each call took seven times as long, as each close folded the WAL back into the
+    file; one for each thread made some wait over a second, as SQLite's writers do not queue.
+    """
+    with _lock:
+        path = store_path()
+        if _opened and (_opened[0][0] != path or not path.exists()):
+            _opened.pop()[1].close()  # another store, or somebody deleted this one
+        if not _opened:
+            _opened.append((path, _open(path)))
+        yield _opened[0][1]
+
+
+def _open(path: Path) -> sqlite3.Connection:
+    """Open a store, and make its tables if it is new."""
+    # Other processes write to the file too: wait for them, up to 30 s.
+    connection = sqlite3.connect(path, timeout=30, isolation_level=None, check_same_thread=False)
+    connection.row_factory = sqlite3.Row
+    # FULL: a charge that was answered is on disk, even if the power fails.
+    connection.execute("PRAGMA synchronous = FULL")
+    if not connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'events'").fetchone():
+        _create(connection)
+    return connection
 
 
 def _create(connection: sqlite3.Connection) -> None:
@@ -200,7 +217,22 @@ class Parser(argparse.ArgumentParser):
     """An argument parser that says in one line what is wrong, escaped, and exits 2."""
 
     def error(self, message: str) -> NoReturn:
+        """Say it and exit."""
         self.exit(2, f"{self.prog}: {printable(message)} (see: {self.prog} --help)\n")
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse, but not what a terminal sent that is no text in its encoding."""
+        for text in sys.argv[1:]:
+            if any("\ud800" <= character <= "\udfff" for character in text):
+                self.error(f"{text}: not valid text")
+        return super().parse_args(args, namespace)
+
+
+def positive(text: str) -> int:
+    """Read a whole number from 1 to 100000."""
+    if not (text.isascii() and text.isdecimal() and 1 <= int(text[:7]) <= 100_000):
+        raise argparse.ArgumentTypeError("must be a whole number from 1 to 100000")
+    return int(text)
 
 
 def events(order_id: str) -> list[dict[str, Any]]:
@@ -210,17 +242,16 @@ def events(order_id: str) -> list[dict[str, Any]]:
     for row in rows:
         payload = json.loads(row["payload_json"])
         ended, seconds = payload.pop("ended", "no answer"), payload.pop("seconds", 0)
+        answer = f"{ended} after {seconds:.1f} s" if seconds else ended
         told.append(
             {
                 "seconds": f"{row['ts'] - rows[0]['ts']:7.2f}",
                 "event": row["type"],
                 "attempt": row["attempt"] or "",
-                "ended": f"{ended} after {seconds:.1f} s" if seconds else ended,
+                "ended": answer if row["attempt"] else "",  # a note is no attempt
                 "details": ", ".join(f"{name}={value}" for name, value in payload.items()),
             }
         )
-        if not row["attempt"]:  # a note, not an attempt
-            told[-1]["ended"] = ""
     return told
 
 
@@ -252,6 +283,8 @@ def run_script(main: Callable[[], int]) -> NoReturn:
         os._exit(0)
     except sqlite3.Error as error:
         sys.exit(f"{store_path()}: {error}; name a writable file in CHARGE_STORE")
+    except OSError as error:  # a full disk behind the output, say
+        sys.exit(f"cannot go on: {error}")
 
 
 def main() -> int:
@@ -267,7 +300,7 @@ def main() -> int:
     ledger = effects(options.order_id)
     trail = events(options.order_id) if options.order_id is not None else []
     if options.order_id is not None and not ledger and not trail:
-        sys.exit(f"{printable(options.order_id)}: nothing in {store_path()}; see: signals.py list")
+        sys.exit(f"nothing of '{printable(options.order_id)}' in {store_path()}")
     print(table(ledger) if ledger else f"{store_path()}: nothing charged, reserved or sent yet")
     if trail:
         print("\n" + table(trail))

@@ -11,10 +11,10 @@ import asyncio
 import sys
 import time
 from collections.abc import Callable, Coroutine
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from temporalio.api.enums.v1 import EventType
+from temporalio.api.enums.v1 import EventType, TimeoutType
 from temporalio.client import (
     Client,
     WorkflowExecutionDescription,
@@ -34,7 +34,7 @@ from workflows import NOTE_LENGTH
 Handle = WorkflowHandle[Any, Any]
 RUNNING = WorkflowExecutionStatus.RUNNING
 RPC_TIMEOUT = timedelta(seconds=2)  # a worker that lives answers within milliseconds
-TRACKER = {  # what is done once the order has left a state
+TRACKER = {  # what is done once an order has left a state
     "RECEIVING": "received",
     "VALIDATING": "validated",
     "RESERVING": "goods reserved",
@@ -50,85 +50,99 @@ def say(line: str) -> None:
     print(store.printable(line), flush=True)
 
 
-# Signals and the update.
+def see(verb: str, order_id: str = "") -> str:
+    """Spell one of our commands."""
+    return f"{command('signals.py')} {verb} {order_id}".strip()
+
+
+# Messages to an order.
 
 
 async def decide(client: Client, options: argparse.Namespace) -> int:
     """Send approve or reject, and say whether that is the decision which stands."""
-    handle = await find(client, await named_or_picked(client, options), running=True)
+    handle = await addressee(client, options)
     await handle.signal(options.command, options.note)
-    status = await query(handle)
-    if not str(status["decision"]).startswith(options.command) and not status["silent"]:
-        stands = status["decision"] or status["state"]
+    status, state = await ask(handle)
+    if status and not str(status["decision"]).startswith(options.command):
+        stands = status["decision"] or state
         sys.exit(f"{handle.id} is {stands} already: the {options.command} was only recorded")
-    say(f"{handle.id}: {options.command} sent; {status['state']}")
+    say(f"{handle.id}: {options.command} sent; {state}")
     return 0
 
 
 async def cancel(client: Client, options: argparse.Namespace) -> int:
     """Send cancel; an order that was picked from a list is confirmed first."""
-    handle = await find(client, await named_or_picked(client, options), running=True)
+    handle = await addressee(client, options)
     if options.order_id is None and input(f"Cancel {handle.id}? [y/N]: ").strip().lower() != "y":
         sys.exit("nothing was cancelled")
+    if (await ask(handle))[1] == "COMPENSATING":
+        sys.exit(f"too late: {handle.id} is being undone already; see: {see('watch', handle.id)}")
     await handle.signal("cancel", options.reason)
-    say(f"{handle.id}: cancel sent; see: {command('signals.py')} watch {handle.id}")
+    say(f"{handle.id}: cancel sent; see: {see('watch', handle.id)}")
     return 0
 
 
 async def update_address(client: Client, options: argparse.Namespace) -> int:
     """Change the address by an update, which, unlike a signal, has an answer."""
-    handle = await find(client, options.order_id, running=True)
+    handle = await addressee(client, options)
     try:
         await handle.execute_update("update_address", options.address, rpc_timeout=RPC_TIMEOUT)
     except WorkflowUpdateFailedError as error:
-        sys.exit(f"{handle.id}: address refused: {store.printable(reason(error))}")
+        sys.exit(f"{handle.id}: refused: {store.printable(getattr(error.cause, 'message', error))}")
     except WorkflowUpdateRPCTimeoutOrCancelledError:
-        sys.exit(f"{handle.id}: {silent()} (the change may still be made when one comes)")
+        sys.exit(f"{handle.id}: {silent()} (then look: the change may still be made)")
     say(f"{handle.id}: goes to {options.address}")
     return 0
 
 
-async def named_or_picked(client: Client, options: argparse.Namespace) -> str:
-    """Return the order id that was given, or offer the orders that this could be for."""
-    if options.order_id is not None:
-        return str(options.order_id)
+async def addressee(client: Client, options: argparse.Namespace) -> Handle:
+    """Find the running order that a message is for, offering a choice if none was named."""
+    order_id = (
+        await offer(client, options.command) if options.order_id is None else options.order_id
+    )
+    handle, description = await find(client, order_id)
+    if description.workflow_type != "OrderWorkflow":
+        sys.exit(f"{order_id} is no order, it takes no messages; see: {see('watch', order_id)}")
+    if description.status != RUNNING:
+        sys.exit(f"too late: {order_id} has ended; see: {see('status', order_id)}")
+    return handle
+
+
+async def offer(client: Client, verb: str) -> str:
+    """Let a person on a terminal pick one of the orders that a message could be for."""
     if not sys.stdin.isatty():
-        sys.exit(f"name an order: {command('signals.py')} {options.command} ORDER_ID")
-    waiting = "WorkflowType = 'OrderWorkflow' AND ExecutionStatus = 'Running'"
-    found = [w.id async for w in client.list_workflows(waiting, limit=20)]
-    states = [await query(client.get_workflow_handle(order_id)) for order_id in found]
-    offered = [
+        sys.exit(f"name an order: {see(verb, 'ORDER_ID')}")
+    orders = "WorkflowType = 'OrderWorkflow' AND ExecutionStatus = 'Running'"
+    found = [order.id async for order in client.list_workflows(orders, limit=20)]
+    states = await asyncio.gather(*(ask(client.get_workflow_handle(id_)) for id_ in found))
+    waiting = [
         order_id
-        for order_id, status in zip(found, states, strict=True)
-        if options.command == "cancel" or status["state"] == "AWAITING_REVIEW" or status["silent"]
+        for order_id, (status, state) in zip(found, states, strict=True)
+        if verb == "cancel" or state == "AWAITING_REVIEW" or not status
     ]
-    if not offered:
-        sys.exit(f"no order waits to {options.command}; see: {command('signals.py')} list")
-    for number, order_id in enumerate(offered, 1):
+    if not waiting:
+        sys.exit(f"no order waits to {verb}; see: {see('list')}")
+    for number, order_id in enumerate(waiting, 1):
         say(f"{number:3} {order_id}")
-    while not (answer := input("Which one [1]: ").strip() or "1").isdecimal() or not (
-        1 <= int(answer) <= len(offered)
-    ):
-        say(f"a number from 1 to {len(offered)}, please")
-    return offered[int(answer) - 1]
+    while True:
+        answer = input("Which one [1]: ").strip() or "1"
+        if answer.isdecimal() and 1 <= int(answer) <= len(waiting):
+            return waiting[int(answer) - 1]
+        say(f"a number from 1 to {len(waiting)}, please")
 
 
-# Looking.
+# Looking at orders.
 
 
-async def find(client: Client, order_id: str, running: bool = False) -> Handle:
-    """Get a workflow's handle, or exit if there is none or, with running=True, it has ended."""
+async def find(client: Client, order_id: str) -> tuple[Handle, WorkflowExecutionDescription]:
+    """Get a workflow's handle and description, or exit if there is none."""
     handle = client.get_workflow_handle(order_id)
     try:
-        status = (await handle.describe()).status
+        return handle, await handle.describe()
     except RPCError as error:
         if error.status not in (RPCStatusCode.NOT_FOUND, RPCStatusCode.INVALID_ARGUMENT):
             raise
-        shown = store.printable(order_id)
-        sys.exit(f"unknown order '{shown}'; see: {command('signals.py')} list")
-    if running and status != RUNNING:
-        sys.exit(f"too late: {order_id} has ended; see: {command('signals.py')} status {order_id}")
-    return handle
+        sys.exit(f"unknown order '{store.printable(order_id)}'; see: {see('list')}")
 
 
 def silent() -> str:
@@ -136,114 +150,36 @@ def silent() -> str:
     return f"no worker answers; start one in another terminal: {command('worker.py')}"
 
 
-async def query(handle: Handle) -> dict[str, Any]:
-    """Ask an order for its status; its `silent` tells that no worker answered."""
+async def ask(handle: Handle) -> tuple[dict[str, Any], str]:
+    """Ask a workflow for its status; return that, empty if there is none, and where it stands."""
     try:
-        return {**await handle.query("status", rpc_timeout=RPC_TIMEOUT), "silent": False}
-    except WorkflowQueryFailedError:  # a ChargeWorkflow, which has no such query
-        return {"state": "CHARGING", "decision": None, "silent": False}
+        status = dict(await handle.query("status", rpc_timeout=RPC_TIMEOUT))
+    except WorkflowQueryFailedError:
+        return {}, "RUNNING"  # a ChargeWorkflow, which has no such query
     except RPCError as error:
         if error.status == RPCStatusCode.UNAVAILABLE:
             raise
-        return {"state": silent(), "decision": None, "silent": True}
+        description = await handle.describe()
+        if description.raw_description.pending_workflow_task.attempt > 1:
+            return {}, f"the workflow's code fails; see: {see('history', handle.id)}"
+        return {}, silent()
+    return status, str(status["state"])
 
 
 async def status(client: Client, options: argparse.Namespace) -> int:
     """Print an order's status."""
-    answer = await query(await find(client, options.order_id))
-    if answer.pop("silent"):
-        sys.exit(answer["state"])
-    for name, value in answer.items():
+    handle, description = await find(client, options.order_id)
+    status, state = await ask(handle)
+    if not status:
+        sys.exit(f"{handle.id}: {state}")
+    if description.status in (
+        WorkflowExecutionStatus.TERMINATED,
+        WorkflowExecutionStatus.TIMED_OUT,
+    ):
+        status["state"] += f", then {description.status.name}: nothing was undone"
+    for name, value in status.items():
         say(f"{name:18}{'-' if value in (None, '') else value}")
     return 0
-
-
-async def watch(client: Client, options: argparse.Namespace) -> int:
-    """Follow an order to its end."""
-    return await follow(client, options.order_id)
-
-
-async def follow(
-    client: Client,
-    order_id: str,
-    plain: bool = False,
-    each_time: Callable[[], None] = lambda: None,
-) -> int:
-    """Draw the order until it ends, in place on a terminal, else a line at each change."""
-    handle = await find(client, order_id)
-    screen = Screen(plain or not sys.stdout.isatty())
-    while True:
-        try:
-            description = await handle.describe()
-            if description.status != RUNNING:
-                return await tell_end(handle, description)
-            screen.show(*await picture(client, handle, description))
-        except RPCError as error:
-            if error.status != RPCStatusCode.UNAVAILABLE:
-                raise
-            screen.show("the server does not answer; it keeps the order, so we wait for it", [])
-        each_time()
-        await asyncio.sleep(0.2)
-
-
-class Screen:
-    """What is drawn: on a terminal again and again in place, else only what changes."""
-
-    def __init__(self, plain: bool) -> None:
-        self.plain, self.started, self.shown, self.height = plain, time.monotonic(), "", 0
-
-    def show(self, headline: str, lines: list[str]) -> None:
-        """Show a headline with the seconds so far, and lines that only a terminal gets."""
-        seconds = f"{time.monotonic() - self.started:6.1f} s  "
-        if self.plain:
-            if headline != self.shown:
-                say(seconds + headline)
-            self.shown = headline
-            return
-        if self.height:
-            print(f"\x1b[{self.height}A\x1b[J", end="")
-        for line in (drawn := [seconds + headline, *lines]):
-            say(line[:79])
-        self.height = len(drawn)
-
-
-async def picture(
-    client: Client, handle: Handle, description: WorkflowExecutionDescription
-) -> tuple[str, list[str]]:
-    """Return an order's headline and its steps: done, now, still to come."""
-    answer = await query(handle)
-    state, lines = answer["state"], []
-    attempts = [f", attempt {a.attempt}" for a in description.raw_description.pending_activities]
-    headline = state + (attempts[0] if attempts and not attempts[0].endswith(" 1") else "")
-    if state == "AWAITING_REVIEW" and answer["decision"] is None:
-        lines.append(f"    decide: {command('signals.py')} approve {handle.id}")
-    if state in TRACKER:
-        now = list(TRACKER).index(state)
-        marks = ["x" if at < now else ">" if at == now else " " for at in range(len(TRACKER))]
-        lines = [
-            f"    [{m}] {done}" for m, done in zip(marks, TRACKER.values(), strict=True)
-        ] + lines
-    address = client.service_client.config.target_host
-    lines.append(f"    {web_ui(address)}/namespaces/{client.namespace}/workflows/{handle.id}")
-    return headline, lines
-
-
-async def tell_end(handle: Handle, description: WorkflowExecutionDescription) -> int:
-    """Say how a workflow ended; exit 1 if it failed."""
-    try:
-        result = await handle.result()
-    except WorkflowFailureError as error:
-        sys.exit(f"{handle.id} FAILED: {store.printable(reason(error))}")
-    say(f"{handle.id} {result if isinstance(result, str) else result['status']}")
-    say(f"what happened: {command('signals.py')} events {handle.id}")
-    return 0
-
-
-def reason(error: BaseException) -> str:
-    """Find what is at the bottom of a failure."""
-    while (cause := getattr(error, "cause", None)) is not None:
-        error = cause
-    return str(error)
 
 
 async def list_orders(client: Client, options: argparse.Namespace) -> int:
@@ -263,110 +199,190 @@ async def list_orders(client: Client, options: argparse.Namespace) -> int:
 
 
 async def events(options: argparse.Namespace) -> int:
-    """Print an order's audit trail from the ledger."""
+    """Print an order's audit trail and its effects, from the ledger."""
     rows = store.events(options.order_id)
     if not rows:
         shown = store.printable(options.order_id)
-        sys.exit(
-            f"no events of '{shown}' in {store.store_path()}; see: {command('signals.py')} list"
-        )
+        sys.exit(f"no events of '{shown}' in {store.store_path()}; see: {see('list')}")
     print(store.table(rows))
     ledger = store.effects(options.order_id)
     print("\n" + store.table(ledger) if ledger else "\nnothing charged, reserved or sent")
     return 0
 
 
-# The event history in plain sentences. A step's end names the step by the id of its beginning.
+# Watching an order.
 
 
-def pid(a: Any) -> str:
-    """Name the worker process, which is the first part of its identity."""
-    return f"worker {a.identity.partition('@')[0]}"
+async def watch(client: Client, options: argparse.Namespace) -> int:
+    """Follow an order to its end."""
+    return await follow(client, options.order_id)
 
 
-def why(a: Any) -> str:
-    """Say why something failed."""
-    failure = a.failure
+async def follow(
+    client: Client, order_id: str, plain: bool = False, each_time: Callable[[], None] | None = None
+) -> int:
+    """Draw an order until it ends, in place on a terminal, else a line at each change.
+
+    Returns 0; exits with 1 and a line if it failed.
+    """
+    handle, description = await find(client, order_id)
+    screen = Screen(plain or not sys.stdout.isatty())
+    while description.status == RUNNING:
+        try:
+            screen.show(*await picture(client, handle, description))
+            await asyncio.sleep(0.2)
+            description = await handle.describe()
+        except RPCError as error:
+            if error.status != RPCStatusCode.UNAVAILABLE:
+                raise
+            screen.show("the server does not answer; it keeps the order, so we wait for it", [])
+        if each_time:
+            each_time()
+    try:
+        result = await handle.result()
+    except WorkflowFailureError as error:
+        cause: Any = error
+        while getattr(cause, "cause", None):
+            cause = cause.cause
+        sys.exit(f"{handle.id} FAILED: {store.printable(cause)}")
+    say(f"{handle.id} {result['status'] if isinstance(result, dict) else result or 'COMPLETED'}")
+    return 0
+
+
+class Screen:
+    """What is drawn: on a terminal again and again in place, else only what changes."""
+
+    def __init__(self, plain: bool) -> None:
+        self.plain, self.started, self.shown, self.height = plain, time.monotonic(), "", 0
+
+    def show(self, headline: str, lines: list[str]) -> None:
+        """Show a headline with the seconds so far, and lines that only a terminal gets."""
+        seconds = f"{time.monotonic() - self.started:6.1f} s  "
+        if self.plain and headline != self.shown:
+            say(seconds + headline)
+        elif not self.plain:
+            drawn = [line[:79] for line in (seconds + headline, *lines)]  # no line may wrap
+            print(f"\x1b[{self.height}A\x1b[J" if self.height else "", end="")
+            print("\n".join(map(store.printable, drawn)), flush=True)
+            self.height = len(drawn)
+        self.shown = headline
+
+
+async def picture(
+    client: Client, handle: Handle, description: WorkflowExecutionDescription
+) -> tuple[str, list[str]]:
+    """Return an order's headline and its steps: done, now, still to come."""
+    status, state = await ask(handle)
+    activities = description.raw_description.pending_activities
+    attempts = [activity.attempt for activity in activities if activity.attempt > 1]
+    headline = state + (f", attempt {attempts[0]}" if attempts else "")
+    address = client.service_client.config.target_host
+    lines = [f"    {web_ui(address)}/namespaces/{client.namespace}/workflows/{handle.id}"]
+    if state in TRACKER:
+        now = list(TRACKER).index(state)
+        marks = ["x" if at < now else ">" if at == now else " " for at in range(len(TRACKER))]
+        steps = zip(marks, TRACKER.values(), strict=True)
+        lines = [f"    [{mark}] {done}" for mark, done in steps] + lines
+    if state == "AWAITING_REVIEW" and not status["decision"]:
+        left = await seconds_left(handle)
+        lines.insert(5, f"        {left:.0f} s left: {see('approve', handle.id)}")
+    return headline, lines
+
+
+async def seconds_left(handle: Handle) -> float:
+    """Read from the history when the newest timer, the review's, will fire."""
+    ends = datetime.now(UTC)
+    async for event in handle.fetch_history_events():
+        if event.HasField("timer_started_event_attributes"):
+            timer = event.timer_started_event_attributes.start_to_fire_timeout
+            ends = event.event_time.ToDatetime(UTC) + timer.ToTimedelta()
+    return max(0.0, (ends - datetime.now(UTC)).total_seconds())
+
+
+# The event history in plain sentences.
+
+SENTENCES = {  # {event type: sentence}; the words in braces are found by tell()
+    "WORKFLOW_EXECUTION_STARTED": "Temporal has it, as {type}",
+    "WORKFLOW_EXECUTION_COMPLETED": "the workflow is complete",
+    "WORKFLOW_EXECUTION_FAILED": "the workflow failed: {why}",
+    "WORKFLOW_EXECUTION_CANCELED": "the workflow was cancelled",
+    "WORKFLOW_EXECUTION_TERMINATED": "terminated: no code ran, nothing was undone",
+    "WORKFLOW_EXECUTION_TIMED_OUT": "timed out: no code ran, nothing was undone",
+    "WORKFLOW_EXECUTION_CANCEL_REQUESTED": "somebody cancels the workflow",
+    "WORKFLOW_EXECUTION_SIGNALED": "signal {signal} comes",
+    "WORKFLOW_EXECUTION_UPDATE_ACCEPTED": "update {update} is accepted",
+    "WORKFLOW_TASK_STARTED": "{worker} takes the workflow up",
+    "WORKFLOW_TASK_TIMED_OUT": "that worker does not answer; any other may take it",
+    "WORKFLOW_TASK_FAILED": "{worker} fails in the workflow's code: {why}",
+    "ACTIVITY_TASK_STARTED": "{step} runs on {worker}{again}",
+    "ACTIVITY_TASK_COMPLETED": "{step} is done",
+    "ACTIVITY_TASK_FAILED": "{step} failed: {why}",
+    "ACTIVITY_TASK_TIMED_OUT": "{step} failed: {why}",
+    "ACTIVITY_TASK_CANCEL_REQUESTED": "{step} is asked to stop",
+    "ACTIVITY_TASK_CANCELED": "{step} has stopped",
+    "TIMER_STARTED": "a timer of {seconds:g} s starts",
+    "TIMER_FIRED": "the timer fires",
+    "TIMER_CANCELED": "the timer is not needed any more",
+    "CHILD_WORKFLOW_EXECUTION_STARTED": "{child} starts",
+    "CHILD_WORKFLOW_EXECUTION_COMPLETED": "{child} is done",
+    "CHILD_WORKFLOW_EXECUTION_FAILED": "{child} failed: {why}",
+    "CHILD_WORKFLOW_EXECUTION_CANCELED": "{child} was cancelled",
+}
+
+
+def why(failure: Any) -> str:
+    """Say what is at the bottom of a failure, and explain a missed heartbeat."""
     while failure.HasField("cause"):
         failure = failure.cause
-    timeout = failure.timeout_failure_info
-    return str(failure.message) + (" (the worker fell silent)" if timeout.timeout_type == 4 else "")
+    missed = failure.timeout_failure_info.timeout_type == TimeoutType.TIMEOUT_TYPE_HEARTBEAT
+    return str(failure.message) + (" (its worker fell silent)" if missed else "")
 
 
-def started(a: Any, names: dict[int, str]) -> str:
-    """Tell which attempt at an activity a worker began, and what became of the one before."""
-    before = a.last_failure
-    again = f", attempt {a.attempt}; before it: {before.message}" if a.attempt > 1 else ""
-    return f"{names[a.scheduled_event_id]} runs on {pid(a)}{again}"
-
-
-def ended(what: str) -> Callable[[Any, dict[int, str]], str]:
-    """Make a sentence about the end of an activity."""
-    return lambda a, names: f"{names[a.scheduled_event_id]} {what}"
-
-
-SENTENCES: dict[str, Callable[[Any, dict[int, str]], str]] = {
-    "WORKFLOW_EXECUTION_STARTED": lambda a, _: f"Temporal has it, as {a.workflow_type.name}",
-    "WORKFLOW_EXECUTION_COMPLETED": lambda a, _: "the workflow is complete",
-    "WORKFLOW_EXECUTION_FAILED": lambda a, _: f"the workflow failed: {why(a)}",
-    "WORKFLOW_EXECUTION_TERMINATED": lambda a, _: "terminated: no code ran, nothing was undone",
-    "WORKFLOW_EXECUTION_CANCEL_REQUESTED": lambda a, _: "somebody cancelled the workflow",
-    "WORKFLOW_EXECUTION_SIGNALED": lambda a, _: f"signal {a.signal_name} came",
-    "WORKFLOW_EXECUTION_UPDATE_ACCEPTED": lambda a, _: (
-        f"update {a.accepted_request.input.name} accepted"
-    ),
-    "WORKFLOW_TASK_STARTED": lambda a, _: f"{pid(a)} takes the workflow up",
-    "WORKFLOW_TASK_TIMED_OUT": lambda a, _: "that worker does not answer; any other may take it",
-    "WORKFLOW_TASK_FAILED": lambda a, _: f"{pid(a)} fails in the workflow's code: {why(a)}",
-    "ACTIVITY_TASK_STARTED": started,
-    "ACTIVITY_TASK_COMPLETED": ended("is done"),
-    "ACTIVITY_TASK_FAILED": lambda a, names: f"{names[a.scheduled_event_id]} failed: {why(a)}",
-    "ACTIVITY_TASK_TIMED_OUT": lambda a, names: f"{names[a.scheduled_event_id]} failed: {why(a)}",
-    "ACTIVITY_TASK_CANCEL_REQUESTED": ended("is asked to stop"),
-    "ACTIVITY_TASK_CANCELED": ended("has stopped"),
-    "TIMER_STARTED": lambda a, _: (
-        f"a timer of {a.start_to_fire_timeout.ToMilliseconds() / 1000:g} s starts"
-    ),
-    "TIMER_FIRED": lambda a, _: "the timer fires",
-    "TIMER_CANCELED": lambda a, _: "the timer is not needed any more",
-    "CHILD_WORKFLOW_EXECUTION_STARTED": lambda a, _: f"{a.workflow_execution.workflow_id} starts",
-    "CHILD_WORKFLOW_EXECUTION_COMPLETED": lambda a, _: (
-        f"{a.workflow_execution.workflow_id} is done"
-    ),
-    "CHILD_WORKFLOW_EXECUTION_FAILED": lambda a, _: (
-        f"{a.workflow_execution.workflow_id} failed: {why(a)}"
-    ),
-    "CHILD_WORKFLOW_EXECUTION_CANCELED": lambda a, _: (
-        f"{a.workflow_execution.workflow_id} was cancelled"
-    ),
-}
+def tell(event: Any, steps: dict[int, str]) -> str:
+    """Put one event into words; an activity's later events name it by its first one's id."""
+    kind = EventType.Name(event.event_type).removeprefix("EVENT_TYPE_")
+    a = getattr(event, str(event.WhichOneof("attributes")))
+    if kind == "ACTIVITY_TASK_SCHEDULED":
+        steps[event.event_id] = a.activity_type.name
+    found: dict[str, Any] = {"step": steps.get(getattr(a, "scheduled_event_id", 0))}
+    if hasattr(a, "identity"):
+        found["worker"] = f"worker {a.identity.partition('@')[0]}"
+    if hasattr(a, "failure"):
+        found["why"] = why(a.failure)
+    if kind == "ACTIVITY_TASK_STARTED":
+        again = f", attempt {a.attempt}; before it: {why(a.last_failure)}"
+        found["again"] = again if a.attempt > 1 else ""
+    if kind == "TIMER_STARTED":
+        found["seconds"] = a.start_to_fire_timeout.ToMilliseconds() / 1000
+    if kind == "WORKFLOW_EXECUTION_UPDATE_ACCEPTED":
+        found["update"] = a.accepted_request.input.name
+    found["type"] = a.workflow_type.name if hasattr(a, "workflow_type") else ""
+    found["signal"] = getattr(a, "signal_name", "")
+    found["child"] = getattr(getattr(a, "workflow_execution", None), "workflow_id", "")
+    return SENTENCES.get(kind, "").format(**found)
 
 
 async def history(client: Client, options: argparse.Namespace) -> int:
     """Tell the event history; a worker is named again only when another takes over."""
-    handle = await find(client, options.order_id)
-    names: dict[int, str] = {}
-    start, last = None, ""
-    async for event in handle.fetch_history_events():
-        kind = EventType.Name(event.event_type).removeprefix("EVENT_TYPE_")
-        attributes: Any = getattr(event, str(event.WhichOneof("attributes")))
-        start = start or event.event_time.ToDatetime()
-        if kind == "ACTIVITY_TASK_SCHEDULED":
-            names[event.event_id] = attributes.activity_type.name
-        if kind not in SENTENCES:
-            continue
-        sentence = SENTENCES[kind](attributes, names)
-        if kind == "WORKFLOW_TASK_STARTED" and sentence == last:
-            continue
-        last = sentence if kind == "WORKFLOW_TASK_STARTED" else last
-        say(f"{(event.event_time.ToDatetime() - start).total_seconds():7.2f} s  {sentence}")
-    for activity in (await handle.describe()).raw_description.pending_activities:
-        last_failure = activity.last_failure.message
-        say(
-            f"     now    {activity.activity_type.name}, attempt {activity.attempt}"
-            + (f"; before it: {last_failure}" if last_failure else "")
-        )
+    handle, description = await find(client, options.order_id)
+    steps: dict[int, str] = {}
+    told = [
+        (event.event_time.ToDatetime(), tell(event, steps))
+        async for event in handle.fetch_history_events()
+    ]
+    shown = ""
+    for moment, sentence in sorted(told, key=lambda item: item[0]):
+        takes_up = sentence.endswith("takes the workflow up")
+        if sentence and sentence != shown:
+            say(f"{(moment - told[0][0]).total_seconds():7.2f} s  {sentence}")
+        shown = sentence if takes_up else shown
+    for activity in description.raw_description.pending_activities:
+        before = f"; before it: {why(activity.last_failure)}" if activity.attempt > 1 else ""
+        say(f"      now  {activity.activity_type.name}, attempt {activity.attempt}{before}")
     return 0
+
+
+# The command line.
 
 
 def note(text: str) -> str:
@@ -376,52 +392,49 @@ def note(text: str) -> str:
     return text
 
 
+VERBS: dict[str, tuple[Callable[..., Coroutine[Any, Any, int]], str]] = {
+    "approve": (decide, "say yes; without an id on a terminal: offers the waiting orders"),
+    "reject": (decide, "say no; without an id on a terminal: offers the waiting orders"),
+    "cancel": (cancel, "cancel; without an id on a terminal: offers the running orders"),
+    "update-address": (update_address, "change the address, before shipping begins"),
+    "status": (status, "ask the workflow where it stands"),
+    "watch": (watch, "follow the order to its end; exit 1 if it failed"),
+    "events": (events, "what happened, from the ledger"),
+    "history": (history, "what happened, from Temporal's event history"),
+    "list": (list_orders, "the newest orders and charges"),
+}
+
+
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = store.Parser(description="Talk to a running order, or look at it.")
     commands = parser.add_subparsers(title="commands", dest="command", required=True)
-    for name, run, text in (
-        ("approve", decide, "say yes; without an id on a terminal: offers the waiting orders"),
-        ("reject", decide, "say no; without an id on a terminal: offers the waiting orders"),
-        ("cancel", cancel, "cancel; without an id on a terminal: offers the running orders"),
-        ("update-address", update_address, "change the address, before shipping begins"),
-        ("status", status, "ask the workflow where it stands"),
-        ("watch", watch, "follow the order to its end; exit 1 if it failed"),
-        ("events", events, "what happened, from the ledger"),
-        ("history", history, "what happened, from Temporal's event history"),
-        ("list", list_orders, "the newest orders"),
-    ):
-        sub = commands.add_parser(name, help=text, description=text)
-        sub.set_defaults(run=run)
-        if name == "list":
-            sub.add_argument("--limit", type=int, default=20, help="how many; default 20")
+    for verb, (_, text) in VERBS.items():
+        sub = commands.add_parser(verb, help=text, description=text)
+        if verb == "list":
+            sub.add_argument("--limit", type=store.positive, default=20, help="default 20")
             continue
-        sub.add_argument("order_id", nargs="?" if name in ("approve", "reject", "cancel") else None)
-        if name == "update-address":
+        sub.add_argument("order_id", nargs="?" if verb in ("approve", "reject", "cancel") else None)
+        if verb == "update-address":
             sub.add_argument("address")
-        if name in ("approve", "reject"):
-            sub.add_argument("--note", type=note, default="")
-        if name == "cancel":
-            sub.add_argument("--reason", type=note, default="")
-    return parser.parse_args()
+        if verb in ("approve", "reject"):
+            sub.add_argument("--note", type=note, default="", help="why, up to 500 characters")
+        if verb == "cancel":
+            sub.add_argument("--reason", type=note, default="", help="why, up to 500 characters")
+    options: argparse.Namespace = parser.parse_args()
+    return options
 
 
 async def run(options: argparse.Namespace) -> int:
-    """Run one command."""
-    action: Callable[..., Coroutine[Any, Any, int]] = options.run
+    """Run one command; `events` asks the ledger alone."""
+    action = VERBS[options.command][0]
     if action is events:
         return await events(options)
-    return await action(await connect(), options)
-
-
-def main() -> int:
-    """Run one command, and turn the server's errors into a line."""
-    options = parse_arguments()
     try:
-        return asyncio.run(run(options))
+        return await action(await connect(), options)
     except RPCError as error:
         sys.exit(f"the Temporal server refuses: {store.printable(error)}")
 
 
 if __name__ == "__main__":
-    store.run_script(main)
+    store.run_script(lambda: asyncio.run(run(parse_arguments())))

@@ -254,7 +254,7 @@ async def place(kind: type[ChargeWorkflow | OrderWorkflow], raw: dict[str, Any],
             return await signals.follow(client, order.order_id, plain=True, each_time=stage.revive)
         if wait:
             return await signals.follow(client, order.order_id)
-        say((await signals.query(handle))["state"])
+        say((await signals.ask(handle))[1])
         return 0
 
 
@@ -829,13 +829,6 @@ def given(text: str) -> str:
     return text
 
 
-def positive(text: str) -> int:
-    """Read a number from 1 to 100000."""
-    if not re.fullmatch("[0-9]{1,6}", text) or not 1 <= int(text) <= 100_000:
-        raise argparse.ArgumentTypeError("must be a whole number from 1 to 100000")
-    return int(text)
-
-
 def fault(text: str) -> tuple[str, str]:
     """Read STEP=FAULT."""
     step, _, name = text.partition("=")
@@ -873,10 +866,10 @@ def parse_arguments() -> argparse.Namespace:
         "names", nargs="*", metavar="NAME", help=f"of {', '.join(tests)}; default all"
     )
     chaos = commands.add_parser("chaos", help="many orders under many kills")
-    chaos.add_argument("--orders", type=positive, default=60, help="default 60")
-    chaos.add_argument("--kills", type=positive, default=10, help="of workers; default 10")
+    chaos.add_argument("--orders", type=store.positive, default=60, help="default 60")
+    chaos.add_argument("--kills", type=store.positive, default=10, help="of workers; default 10")
     chaos.add_argument("--seed", type=int, default=1, help="of what is drawn; default 1")
-    options = parser.parse_args()
+    options: argparse.Namespace = parser.parse_args()
     if unknown := set(getattr(options, "names", [])) - set(tests):
         crash.error(f"no crash test {min(unknown)}; there are {', '.join(tests)}")
     if getattr(options, "simulate", None):

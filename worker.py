@@ -136,6 +136,8 @@ def main() -> int:
     )
     # Failed attempts have a line of ours; the SDK's would add a traceback to each.
     logging.getLogger("temporalio.activity").setLevel(logging.ERROR)
+    with store.connect():
+        pass  # a ledger that cannot be written ends the worker here, and not each attempt later
     try:
         asyncio.run(serve(role))
     except KeyboardInterrupt:
