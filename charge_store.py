@@ -12,6 +12,7 @@ import argparse
 import io
 import json
 import os
+import shutil
 import sqlite3
 import sys
 import threading
@@ -206,11 +207,11 @@ def printable(text: object) -> str:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Align rows under their column names; the last column runs free."""
+    """Align rows under their column names; on a terminal, cut what does not fit its width."""
     lines = [list(rows[0])] + [[printable(value) for value in row.values()] for row in rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    aligned = ("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
-    return "\n".join(aligned)
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip()[:width] for line in lines)
 
 
 class Parser(argparse.ArgumentParser):
@@ -258,16 +259,22 @@ def events(order_id: str) -> list[dict[str, Any]]:
 def effects(order_id: str | None = None, limit: int = 20) -> list[dict[str, Any]]:
     """Tell the newest effects, of one order or of all, each with its proof."""
     rows = select(
-        "SELECT kind, idempotency_key, order_id, customer_id, amount_cents, requests, status"
-        " FROM effects WHERE ?1 IS NULL OR order_id = ?1 ORDER BY created_at DESC LIMIT ?2",
+        "SELECT * FROM effects WHERE ?1 IS NULL OR order_id = ?1 ORDER BY created_at DESC LIMIT ?2",
         order_id,
         limit,
     )
-    for row in rows:
-        once = " once" if row["status"] == IN_FORCE[row["kind"]] else ""
-        row["proof"] = f"requests {row.pop('requests')}, {row.pop('status')}{once}"
-        row["amount"] = f"{row['amount_cents'] / 100:.2f}"
-    return rows[::-1]
+    return [
+        {
+            "effect": row["kind"],
+            "amount": f"{row['amount_cents'] / 100:.2f}",
+            "proof": f"requests {row['requests']}, {row['status']}"
+            + (" once" if row["status"] == IN_FORCE[row["kind"]] else ""),
+            "customer": row["customer_id"],
+            "idempotency key": row["idempotency_key"],
+            "order": row["order_id"],
+        }
+        for row in reversed(rows)
+    ]
 
 
 def run_script(main: Callable[[], int]) -> NoReturn:
@@ -276,7 +283,12 @@ def run_script(main: Callable[[], int]) -> NoReturn:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
-        sys.exit(main())
+        try:
+            sys.exit(main())
+        except SystemExit as stop:  # its text may hold what came from outside
+            if not isinstance(stop.code, str):
+                raise
+            sys.exit(printable(stop.code))
     except KeyboardInterrupt:
         sys.exit(130)  # what a shell reports after Ctrl+C
     except BrokenPipeError:  # the reader, `head` say, has seen enough

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import signal
 import sys
 import time
 from collections.abc import Callable, Coroutine
@@ -33,7 +34,9 @@ from workflows import NOTE_LENGTH
 
 Handle = WorkflowHandle[Any, Any]
 RUNNING = WorkflowExecutionStatus.RUNNING
-RPC_TIMEOUT = timedelta(seconds=2)  # a worker that lives answers within milliseconds
+RPC_TIMEOUT = timedelta(seconds=1.5)  # a worker that lives answers within milliseconds
+# What calls end with while the server is down, dies or starts.
+SERVER_DOWN = (RPCStatusCode.UNAVAILABLE, RPCStatusCode.UNKNOWN)
 TRACKER = {  # what is done once an order has left a state
     "RECEIVING": "received",
     "VALIDATING": "validated",
@@ -48,6 +51,19 @@ TRACKER = {  # what is done once an order has left a state
 def say(line: str) -> None:
     """Print a line, with whatever came from outside escaped."""
     print(store.printable(line), flush=True)
+
+
+def read_line(question: str) -> str:
+    """Read a line from a person; the end of input is an empty line."""
+    # While asyncio runs, Ctrl+C would only be noted; at a question it leaves at once.
+    noted = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return input(question).strip()
+    except EOFError:
+        print()
+        return ""
+    finally:
+        signal.signal(signal.SIGINT, noted)
 
 
 def see(verb: str, order_id: str = "") -> str:
@@ -73,7 +89,7 @@ async def decide(client: Client, options: argparse.Namespace) -> int:
 async def cancel(client: Client, options: argparse.Namespace) -> int:
     """Send cancel; an order that was picked from a list is confirmed first."""
     handle = await addressee(client, options)
-    if options.order_id is None and input(f"Cancel {handle.id}? [y/N]: ").strip().lower() != "y":
+    if options.order_id is None and read_line(f"Cancel {handle.id}? [y/N]: ").lower() != "y":
         sys.exit("nothing was cancelled")
     if (await ask(handle))[1] == "COMPENSATING":
         sys.exit(f"too late: {handle.id} is being undone already; see: {see('watch', handle.id)}")
@@ -125,7 +141,7 @@ async def offer(client: Client, verb: str) -> str:
     for number, order_id in enumerate(waiting, 1):
         say(f"{number:3} {order_id}")
     while True:
-        answer = input("Which one [1]: ").strip() or "1"
+        answer = read_line("Which one [1]: ") or "1"
         if answer.isdecimal() and 1 <= int(answer) <= len(waiting):
             return waiting[int(answer) - 1]
         say(f"a number from 1 to {len(waiting)}, please")
@@ -153,11 +169,13 @@ def silent() -> str:
 async def ask(handle: Handle) -> tuple[dict[str, Any], str]:
     """Ask a workflow for its status; return that, empty if there is none, and where it stands."""
     try:
-        status = dict(await handle.query("status", rpc_timeout=RPC_TIMEOUT))
+        query = handle.query("status", rpc_timeout=RPC_TIMEOUT)
+        # The RPC's limit is for each try of the SDK's; this one is for all of them.
+        status = dict(await asyncio.wait_for(query, 2 * RPC_TIMEOUT.total_seconds()))
     except WorkflowQueryFailedError:
         return {}, "RUNNING"  # a ChargeWorkflow, which has no such query
-    except RPCError as error:
-        if error.status == RPCStatusCode.UNAVAILABLE:
+    except (RPCError, TimeoutError) as error:
+        if isinstance(error, RPCError) and error.status in SERVER_DOWN:
             raise
         description = await handle.describe()
         if description.raw_description.pending_workflow_task.attempt > 1:
@@ -233,7 +251,7 @@ async def follow(
             await asyncio.sleep(0.2)
             description = await handle.describe()
         except RPCError as error:
-            if error.status != RPCStatusCode.UNAVAILABLE:
+            if error.status not in SERVER_DOWN:
                 raise
             screen.show("the server does not answer; it keeps the order, so we wait for it", [])
         if each_time:

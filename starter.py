@@ -1,6 +1,7 @@
 """The starter: places orders, and crashes things on purpose.
 
-`charge` and `order` start one workflow, on the server that is there or on one of our own.
+Without arguments it goes through an exercise of README.md with a person. `charge` and `order` start
+one workflow. `crash`, `chaos` and `load` bring a server and workers of their own.
 """
 
 from __future__ import annotations
@@ -27,8 +28,12 @@ from datetime import timedelta
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from statistics import median
 from typing import Any
 
+from temporalio.api.enums.v1 import TaskQueueType
+from temporalio.api.taskqueue.v1 import TaskQueue
+from temporalio.api.workflowservice.v1 import DescribeTaskQueueRequest
 from temporalio.client import (
     Client,
     WorkflowExecutionStatus,
@@ -39,12 +44,15 @@ from temporalio.exceptions import ApplicationError, WorkflowAlreadyStartedError
 from temporalio.service import RPCError, RPCStatusCode
 from temporalio.testing import WorkflowEnvironment
 
+if sys.platform != "win32":
+    import resource
+
 import charge_store as store
 import signals
 from activities import FAULTS, RULES, SLOW_SECONDS, STEPS, parse_order
 from signals import say
 from worker import DEFAULT_ADDRESS, client_config, command, connect, nearby, web_ui
-from workflows import ORDERS_QUEUE, ChargeWorkflow, OrderWorkflow
+from workflows import ORDERS_QUEUE, SHIPPING_QUEUE, ChargeWorkflow, OrderWorkflow
 
 HERE = Path(__file__).parent
 # How we start every server; docker-compose.yml has the same. WAL makes a server that keeps its data
@@ -56,10 +64,6 @@ SERVER_FLAGS += ["--dynamic-config-value", 'history.timerProcessorMaxTimeShift="
 SERVER_FLAGS += ["--dynamic-config-value", 'history.workflowTaskRetryMaxInterval="1s"']
 # A failed workflow task shows within this time that its bug is mended (see SERVER_FLAGS).
 TASK_TIMEOUT = timedelta(seconds=1)
-
-
-# What a server says while it starts, stops or is not there.
-PASSING = (RPCStatusCode.UNAVAILABLE, RPCStatusCode.DEADLINE_EXCEEDED, RPCStatusCode.CANCELLED)
 
 
 class Stage:
@@ -209,18 +213,26 @@ async def is_listening(address: str) -> bool:
 async def run_charge(options: argparse.Namespace) -> int:
     """Start a ChargeWorkflow. The same request has the same id: it is the same workflow."""
     raw = order_fields(options)
-    customer, cents = raw.get("customer_id", "customer-123"), raw.get("amount_cents", 9999)
-    raw["order_id"] = f"charge-{customer}-{cents}"
+    raw["order_id"] = charge_id(raw)
     return await place(ChargeWorkflow, raw | {"max_attempts": 0}, options.wait_result)
 
 
 async def run_order(options: argparse.Namespace) -> int:
     """Start an OrderWorkflow."""
-    made_up = f"order-{uuid.uuid4().hex[:8]}"
     raw = order_fields(options) | {
-        "order_id": made_up if options.order_id is None else options.order_id
+        "order_id": made_up_id() if options.order_id is None else options.order_id
     }
     return await place(OrderWorkflow, raw, options.wait_result)
+
+
+def charge_id(raw: dict[str, Any]) -> str:
+    """Name a charge by what is asked for, so that the same request is the same workflow."""
+    return f"charge-{raw.get('customer_id', 'customer-123')}-{raw.get('amount_cents', 9999)}"
+
+
+def made_up_id() -> str:
+    """Make up an order id that no other order has."""
+    return f"order-{uuid.uuid4().hex[:8]}"
 
 
 def order_fields(options: argparse.Namespace) -> dict[str, Any]:
@@ -259,7 +271,10 @@ async def place(kind: type[ChargeWorkflow | OrderWorkflow], raw: dict[str, Any],
 
 
 async def start(
-    client: Client, kind: type[ChargeWorkflow | OrderWorkflow], raw: dict[str, Any]
+    client: Client,
+    kind: type[ChargeWorkflow | OrderWorkflow],
+    raw: dict[str, Any],
+    task_timeout: timedelta | None = TASK_TIMEOUT,
 ) -> WorkflowHandle[Any, Any]:
     """Start a workflow on an order. An order id is used once; a charge may be asked for again."""
     again = WorkflowIDReusePolicy.ALLOW_DUPLICATE
@@ -269,13 +284,18 @@ async def start(
         id=raw["order_id"],
         task_queue=ORDERS_QUEUE,
         id_reuse_policy=again if kind is ChargeWorkflow else WorkflowIDReusePolicy.REJECT_DUPLICATE,
-        task_timeout=TASK_TIMEOUT,
+        task_timeout=task_timeout,
     )
 
 
 # The crash tests: orders, what is done to whom and when, and what the ledger must show then.
 
-PATIENT = {"deadline_seconds": 600, "max_attempts": 0, "review": "timer", "review_seconds": 0.1}
+PATIENT: dict[str, Any] = {
+    "deadline_seconds": 600,
+    "max_attempts": 0,
+    "review": "timer",
+    "review_seconds": 0.1,
+}
 SLOW_CHARGE = {"simulate": {"charge_payment": "slow"}}
 ONCE = {"charge": ("charged", 1), "reservation": ("reserved", 1), "dispatch": ("dispatched", 1)}
 TWICE_ASKED = ONCE | {"charge": ("charged", 2)}
@@ -503,7 +523,8 @@ class CrashRun:
             say(f"   {time.time() - self.started:5.1f} s  {words.format(pid=pid)}")
             self.took = time.time() - self.since
         for order_id in self.ids:
-            result = await self.stage.client.get_workflow_handle(order_id).result()
+            handle = self.stage.client.get_workflow_handle(order_id)
+            result = await persist(handle.result)
             if self.test.kind is OrderWorkflow and result != self.test.ends:
                 self.problem = f"{order_id} ended {result}, not {self.test.ends}"
         await until(self._proved)
@@ -517,19 +538,7 @@ class CrashRun:
             return self.stage.workers[-1].poll() is not None
         if cue == "proof":
             return await self._proved()
-        if cue in ("end", "task fails"):
-            handles = map(self.stage.client.get_workflow_handle, self.ids)
-            found = [await handle.describe() for handle in handles]
-            if cue == "end":
-                return all(f.status != WorkflowExecutionStatus.RUNNING for f in found)
-            return all(f.raw_description.pending_workflow_task.attempt > 1 for f in found)
-        if cue == "timer":
-            history = await self.stage.client.get_workflow_handle(self.ids[0]).fetch_history()
-            return any(event.HasField("timer_started_event_attributes") for event in history.events)
-        if cue in store.IN_FORCE:
-            return all(any(row["kind"] == cue for row in effects_of(id_)) for id_ in self.ids)
-        name, _, times = cue.partition(" ")
-        return all(store.count(order_id, name) >= int(times) for order_id in self.ids)
+        return await come(self.stage.client, self.ids, cue)
 
     async def _act(self, action: str) -> None:
         """Do what a beat does to a worker, the server or the orders."""
@@ -573,6 +582,22 @@ class CrashRun:
         return f"orders {len(self.ids)}, requests {requests}, charged {charges}; {audit}"
 
 
+async def come(client: Client, ids: list[str], cue: str, before: int = 0) -> bool:
+    """Tell whether orders have come so far: to their end, an effect, or a number of events."""
+    if cue in ("end", "task fails"):
+        found = [await client.get_workflow_handle(order_id).describe() for order_id in ids]
+        if cue == "end":
+            return all(f.status != WorkflowExecutionStatus.RUNNING for f in found)
+        return all(f.raw_description.pending_workflow_task.attempt > 1 for f in found)
+    if cue == "timer":
+        history = await client.get_workflow_handle(ids[0]).fetch_history()
+        return any(event.HasField("timer_started_event_attributes") for event in history.events)
+    if cue in store.IN_FORCE:
+        return all(effects_of(order_id, cue) for order_id in ids)
+    name, _, times = cue.partition(" ")
+    return all(store.count(order_id, name) - before >= int(times) for order_id in ids)
+
+
 def effects_of(order_id: str, kind: str | None = None) -> list[dict[str, Any]]:
     """Read an order's effects, of one kind or of all."""
     query = "SELECT * FROM effects WHERE order_id = ?1 AND (?2 IS NULL OR kind = ?2)"
@@ -581,7 +606,7 @@ def effects_of(order_id: str, kind: str | None = None) -> list[dict[str, Any]]:
 
 async def until(condition: Callable[[], Awaitable[bool]]) -> None:
     """Wait until the condition holds; the caller bounds the time."""
-    while not await condition():
+    while not await persist(condition):
         await asyncio.sleep(0.02)
 
 
@@ -724,11 +749,16 @@ class Chaos:
 
     async def _treat(self, raw: dict[str, Any], signal_name: str) -> None:
         """Place an order and signal it; call again while the server is down."""
-        await persist(lambda: start(self.stage.client, OrderWorkflow, raw))
+        with suppress(WorkflowAlreadyStartedError):  # by the try before, whose answer was lost
+            await persist(lambda: start(self.stage.client, OrderWorkflow, raw))
         if signal_name:
             await asyncio.sleep(1)
             handle = self.stage.client.get_workflow_handle(raw["order_id"])
-            await persist(lambda: handle.signal(signal_name))
+            try:
+                await persist(lambda: handle.signal(signal_name))
+            except RPCError as error:
+                if error.status != RPCStatusCode.NOT_FOUND:  # too late: the order has ended
+                    raise
 
     async def _show_for(self, seconds: float) -> None:
         """Show how it goes, for some seconds."""
@@ -760,20 +790,15 @@ def charged_twice() -> list[dict[str, Any]]:
     return store.select(f"{charged} GROUP BY order_id HAVING count(*) > 1")
 
 
-async def persist(call: Callable[[], Awaitable[Any]]) -> None:
-    """Call until it succeeds; a server that is being restarted refuses for a while."""
+async def persist(call: Callable[[], Awaitable[Any]]) -> Any:
+    """Call until the server answers; one that is being restarted does not, for a while."""
     while True:
-        with suppress(WorkflowAlreadyStartedError):
-            try:
-                await call()
-            except RPCError as error:
-                if error.status == RPCStatusCode.NOT_FOUND:
-                    return  # too late for a signal: the order has ended
-                if error.status not in PASSING:
-                    raise
-                await asyncio.sleep(0.5)
-                continue
-        return
+        try:
+            return await call()
+        except RPCError as error:
+            if error.status not in (*signals.SERVER_DOWN, RPCStatusCode.DEADLINE_EXCEEDED):
+                raise
+            await asyncio.sleep(0.2)
 
 
 async def run_chaos(options: argparse.Namespace) -> int:
@@ -792,23 +817,352 @@ async def run_chaos(options: argparse.Namespace) -> int:
     return 1 if wrong else 0
 
 
+# The exercises: README.md has their words, this has the orders and what to look for.
+
+REVIEWED = {"review": "person", "review_seconds": 600}
+Beat = dict[str, Any] | str  # an order to place, or a cue; "do CUE" first shows the next **Do.**
+
+
+@dataclass(frozen=True)
+class Exercise:
+    """What an exercise of README.md places and waits for, in order."""
+
+    beats: list[Beat]
+    kind: type[ChargeWorkflow | OrderWorkflow] = OrderWorkflow
+    asks: tuple[str, ...] = ("customer_id", "amount_cents")
+
+
+EXERCISES = {
+    1: Exercise(
+        [{"wait_seconds": 10}, "do silent", "do answers", "end"],
+        ChargeWorkflow,
+        ("customer_id", "amount_cents", "wait_seconds"),
+    ),
+    2: Exercise(
+        [SLOW_CHARGE, "do charge_payment 2", "end", SLOW_CHARGE, "do charge_payment 2", "end"],
+        ChargeWorkflow,
+    ),
+    3: Exercise([REVIEWED, "do approve 1", "end"]),
+    4: Exercise(
+        [
+            {"simulate": {"charge_payment": "flaky"}},
+            "end",
+            {"simulate": {"charge_payment": "down"}, "max_attempts": 3},
+            "end",
+        ]
+    ),
+    5: Exercise([{"card_expiry": "12/23"}, "end"]),
+    6: Exercise([{"review": "person", "review_seconds": 10}, "end"]),
+    7: Exercise(
+        [
+            REVIEWED | {"simulate": {"prepare_package": "slow"}},
+            "do update_address 1",
+            "do prepare_package 1",
+            "end",
+            REVIEWED,
+            "do end",
+        ]
+    ),
+    8: Exercise(
+        [
+            "do enter",
+            {},
+            "charge",
+            "do end",
+            {"simulate": {"dispatch_carrier": "down"}, "max_attempts": 3},
+            "end",
+        ]
+    ),
+    9: Exercise(["do enter", {}, "task fails", "do end"]),
+    10: Exercise([{"wait_seconds": 15}, "do server silent", "do server answers", "end"]),
+    11: Exercise([REVIEWED, "do task fails", "do end"]),
+    12: Exercise([{}, "end", "do charge_payment 2", "end"]),
+    0: Exercise([], asks=()),
+}
+SIGHTS = {  # what a person waits for, by cue
+    "silent": "the worker to die",
+    "answers": "a worker to answer",
+    "server silent": "the server to die",
+    "server answers": "the server to answer",
+    "task fails": "the workflow task to fail",
+    "end": "the order to end",
+    "charge": "the charge",
+    "approve 1": "your approval",
+    "update_address 1": "the new address",
+    "prepare_package 1": "shipping to begin",
+    "charge_payment 2": "attempt 2 at the charge",
+}
+
+
+def sections() -> dict[int, tuple[str, str]]:
+    """Read the exercises from README.md: {number: (title, text)}."""
+    readme = (HERE / "README.md").read_text(encoding="utf-8")
+    parts = re.split(r"^(?=##+ )", readme, flags=re.MULTILINE)
+    found = [(re.match(r"### Exercise (\d+): (.*)\n", part), part) for part in parts]
+    return {int(m[1]): (m[2], part[m.end() :]) for m, part in found if m}
+
+
+def plain(markdown: str) -> str:
+    """Turn Markdown into text for a terminal: no fences, code indented."""
+    lines, code = [], False
+    for line in markdown.strip().splitlines():
+        if line.startswith("```"):
+            code = not code
+        else:
+            lines.append("    " + line if code else line.replace("**", "").replace("`", ""))
+    return "\n".join(lines)
+
+
+class Lesson:
+    """One exercise with a person: show its parts, see what is done, show the evidence."""
+
+    def __init__(self, number: int, client: Client, stage: Stage | None) -> None:
+        self.exercise, self.client, self.stage = EXERCISES[number], client, stage
+        title, text = sections()[number]
+        head, *parts = re.split(r"^(?=\*\*(?:Predict|Do|Observe|Explain)\.\*\*)", text, flags=re.M)
+        self.title, self.head = f"Exercise {number}: {title}", head
+        self.parts = parts
+        self.ids: list[str] = []
+        self.before: dict[str, int] = {}
+
+    async def run(self, given: dict[str, Any]) -> int:
+        """Go through the exercise with a person."""
+        print(f"\n{self.title}")
+        await self._show(self.head)
+        if await self._show_next("Predict"):
+            signals.read_line("\nPress Enter to go on: ")
+        if not self.exercise.beats:
+            await run_without_temporal()
+        for beat in self.exercise.beats:
+            if isinstance(beat, dict):
+                await self._place(beat | given)
+                continue
+            if beat.startswith("do "):
+                await self._show_next("Do")
+            await self._wait_for(beat.removeprefix("do "))
+        await self._show_next("Observe")
+        self._evidence()
+        await self._show_next("Explain")
+        return 0
+
+    async def _place(self, fields: dict[str, Any]) -> None:
+        """Place an order; a second charge costs a cent more, so that it is another request."""
+        raw: dict[str, Any] = PATIENT | fields
+        if self.exercise.kind is ChargeWorkflow:
+            raw["amount_cents"] = raw.get("amount_cents", 9999) + len(self.ids)
+            raw["order_id"] = charge_id(raw)
+        else:
+            raw["order_id"] = made_up_id()
+        self.ids.append(raw["order_id"])
+        self.before[raw["order_id"]] = store.count(raw["order_id"], "charge_payment")
+        await start(self.client, self.exercise.kind, raw)
+        address = self.client.service_client.config.target_host
+        ui = f"{web_ui(address)}/namespaces/{self.client.namespace}/workflows/{self.ids[-1]}"
+        print(f"\n{self.ids[-1]} is placed; see it: {ui}")
+
+    async def _show_next(self, label: str) -> bool:
+        """Show the next part if it has this label."""
+        if not self.parts or not self.parts[0].startswith(f"**{label}.**"):
+            return False
+        await self._show(self.parts.pop(0))
+        return True
+
+    async def _show(self, text: str) -> None:
+        """Show a part with the real pid and order id in it."""
+        pids = await pollers(self.client, ORDERS_QUEUE)
+        text = re.sub(r"\bPID\b", pids[0] if pids else "PID", text)
+        text = re.sub(r"\bORDER_ID\b", self.ids[-1] if self.ids else "ORDER_ID", text)
+        print("\n" + plain(text), flush=True)
+
+    async def _wait_for(self, cue: str) -> None:
+        """Wait until a person did something or the order came so far, and say what is awaited."""
+        if cue == "enter":
+            signals.read_line("\nPress Enter when that is done: ")
+            return
+        line, started, seen = Line(), time.monotonic(), False
+        while not seen:
+            line.show(f"waiting for {SIGHTS[cue]}", time.monotonic() - started)
+            if self.stage:
+                self.stage.revive()
+            try:
+                seen = await self._sees(cue)
+            except RPCError as error:
+                if error.status not in (*signals.SERVER_DOWN, RPCStatusCode.DEADLINE_EXCEEDED):
+                    raise
+                seen = cue == "server silent"
+            await asyncio.sleep(0.2)
+        line.end()
+
+    async def _sees(self, cue: str) -> bool:
+        """Tell whether a cue has come, or never will because the order has ended without it."""
+        if cue.startswith("server"):
+            await self.client.count_workflows("", rpc_timeout=signals.RPC_TIMEOUT)
+            return cue == "server answers"
+        handle = self.client.get_workflow_handle(self.ids[-1])
+        if cue in ("silent", "answers"):
+            silent = (await signals.ask(handle))[1] == signals.silent()
+            if silent == (cue == "silent"):
+                return True
+        elif await come(self.client, self.ids[-1:], cue, self.before.get(self.ids[-1], 0)):
+            return True
+        # A reset makes another run of an order that has ended: then the cue may still come.
+        ended = await come(self.client, self.ids[-1:], "end")
+        return ended and self.exercise is not EXERCISES[12]
+
+    def _evidence(self) -> None:
+        """Show what the ledger and the history say, by the commands that show it at any time."""
+        for order_id in self.ids:
+            for script, *words in (("charge_store.py",), ("signals.py", "history")):
+                print(f"\n$ {command(script)} {' '.join([*words, order_id])}", flush=True)
+                subprocess.run([sys.executable, str(HERE / script), *words, order_id], check=False)
+
+
+# Load: how many orders a machine does, and what one costs.
+
+
+async def run_load(options: argparse.Namespace) -> int:
+    """Run many orders on one worker; say how long each took and what it cost."""
+    wait = options.wait_seconds or 0
+    async with private_stage() as stage:
+        worker = stage.start_worker()
+        started, line = time.monotonic(), Line()
+        loading = asyncio.create_task(load(stage.client, options.orders, wait))
+        # Ten times what an order takes on two cores; who is not done then never will be.
+        limit = started + 120 + 2 * wait + options.orders
+        while not loading.done() and time.monotonic() < limit:
+            line.show(f"orders {ended_orders()}/{options.orders}")
+            await asyncio.wait([loading], timeout=1)
+        line.end()
+        if not loading.done():
+            sys.exit(f"only {ended_orders()} of {options.orders} orders ended in time")
+        seconds = time.monotonic() - started
+        took = sorted(loading.result())
+        stage.kill_worker(worker)
+        worker_cpu, memory = children_used()
+        await stage.kill_server()
+        server_cpu = children_used()[0] - worker_cpu
+        say(f"{options.orders / seconds:.1f} orders/s, {seconds:.1f} s in all")
+        if not wait:
+            say(f"median {median(took):.2f} s, 99th percentile {took[len(took) * 99 // 100]:.2f} s")
+        each = 1000 / options.orders
+        say(f"CPU ms per order: worker {worker_cpu * each:.0f}, server {server_cpu * each:.0f}")
+        say(f"worker memory {memory:.0f} MB at most")
+        violations = store.audit()
+        for violation in violations:
+            print(violation, file=sys.stderr)
+        say("NOT HELD" if violations else "audit clean")
+    return 1 if violations else 0
+
+
+async def load(client: Client, orders: int, wait: float) -> list[float]:
+    """Run orders, up to 200 in flight, or all at once if they wait; return the seconds of each."""
+    # The server lets only some hundreds wait for results, so those that sleep are counted instead.
+    places = asyncio.Semaphore(200)
+
+    async def one(number: int) -> float:
+        raw = PATIENT | {"order_id": f"load-{number}", "wait_seconds": wait, "review_seconds": 0}
+        async with places:
+            started = time.monotonic()
+            handle = await start(client, OrderWorkflow, raw, task_timeout=None)
+            if not wait:
+                await handle.result()
+            return time.monotonic() - started
+
+    took = await asyncio.gather(*map(one, range(orders)))
+    while ended_orders() < orders:
+        await asyncio.sleep(0.5)
+    return took
+
+
+def ended_orders() -> int:
+    """Count the orders that have an outcome."""
+    return int(store.select("SELECT count(*) AS n FROM events WHERE type = 'outcome'")[0]["n"])
+
+
+def children_used() -> tuple[float, float]:
+    """Return what our ended processes used: CPU seconds, and the memory of the largest in MB."""
+    if sys.platform == "win32":
+        return float("nan"), float("nan")
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    unit = 1e6 if sys.platform == "darwin" else 1e3
+    return used.ru_utime + used.ru_stime, used.ru_maxrss / unit
+
+
 class Line:
     """A line of progress: redrawn in place on a terminal, printed when it changes on a pipe."""
 
     def __init__(self) -> None:
         self.in_place, self.text = sys.stdout.isatty(), ""
 
-    def show(self, text: str) -> None:
-        """Show the text."""
-        if text != self.text:
-            print(f"\r\x1b[K{text}" if self.in_place else text, end="" if self.in_place else "\n")
-            sys.stdout.flush()
+    def show(self, text: str, seconds: float | None = None) -> None:
+        """Show the text, on a terminal with the seconds so far."""
+        if self.in_place:
+            clock = "" if seconds is None else f"{seconds:4.0f} s  "
+            print(f"\r\x1b[K{clock}{text}"[:85], end="", flush=True)
+        elif text != self.text:
+            say(text)
         self.text = text
 
     def end(self) -> None:
         """Leave the line as it is."""
         if self.in_place:
             print()
+
+
+async def pollers(client: Client, queue: str) -> list[str]:
+    """List the processes of the workers that poll a task queue, the most recent first."""
+    request = DescribeTaskQueueRequest(
+        namespace=client.namespace,
+        task_queue=TaskQueue(name=queue),
+        task_queue_type=TaskQueueType.TASK_QUEUE_TYPE_WORKFLOW,
+    )
+    answer = await client.workflow_service.describe_task_queue(request)
+    recent = sorted(answer.pollers, key=lambda poller: -poller.last_access_time.ToNanoseconds())
+    return [poller.identity.partition("@")[0] for poller in recent]
+
+
+async def preflight(client: Client, stage: Stage | None) -> None:
+    """Say which server and which workers are there; wait for a worker if there is none."""
+    address = client.service_client.config.target_host
+    say(f"server: {address}, namespace {client.namespace}, Web UI: {web_ui(address)}")
+    line, started = Line(), time.monotonic()
+    while not (found := await pollers(client, ORDERS_QUEUE)):
+        advice = f"no worker; start one in another terminal: {command('worker.py')}"
+        if not stage and not sys.stdin.isatty():
+            sys.exit(advice)
+        line.show("waiting for our worker" if stage else advice, time.monotonic() - started)
+        await asyncio.sleep(0.5)
+    line.end()
+    shipping = await pollers(client, SHIPPING_QUEUE) or ["none"]
+    say(f"worker: {found[0]} serves {ORDERS_QUEUE}, {shipping[0]} serves {SHIPPING_QUEUE}")
+
+
+async def run_prompts(_: argparse.Namespace) -> int:
+    """Offer the exercises, ask what they need, and go through one."""
+    async with temporal() as (client, stage):
+        await preflight(client, stage)
+        titles = {number: title for number, (title, _) in sections().items()}
+        for number, title in titles.items():
+            say(f"{number:3}  {title}")
+        number = prompt("Exercise", "1", partial(chosen, titles))
+        given = {name: prompt(*PROMPTS[name]) for name in EXERCISES[number].asks}
+        return await Lesson(number, client, stage).run(given)
+
+
+def chosen(titles: dict[int, str], text: str) -> int:
+    """Read the number of an exercise."""
+    if not text.isdecimal() or int(text) not in titles:
+        raise argparse.ArgumentTypeError(f"must be one of {', '.join(map(str, titles))}")
+    return int(text)
+
+
+def prompt(question: str, default: str, read: Callable[[str], Any]) -> Any:
+    """Ask until the answer can be read; nothing, or the end of input, takes the default."""
+    while True:
+        try:
+            return read(signals.read_line(f"{question} [{default}]: ") or default)
+        except argparse.ArgumentTypeError as error:
+            say(f"  {error}")
 
 
 # The command line.
@@ -822,11 +1176,34 @@ def cents(text: str) -> int:
     return int(whole) * 100 + int(part.ljust(2, "0"))
 
 
+def ruled(name: str, convert: Callable[[str], Any] = str) -> Callable[[str], Any]:
+    """Make a reader for a field of the order that keeps its rule."""
+
+    def read(text: str) -> Any:
+        valid, rule = RULES[name]
+        try:
+            value = convert(text)
+        except ValueError:
+            value = None
+        if not valid(value):
+            raise argparse.ArgumentTypeError(rule)
+        return value
+
+    return read
+
+
 def given(text: str) -> str:
     """Refuse an empty argument: it is not the same as a missing one."""
     if not text:
         raise argparse.ArgumentTypeError("must not be empty")
     return text
+
+
+PROMPTS: dict[str, tuple[str, str, Callable[[str], Any]]] = {
+    "customer_id": ("Customer ID", "customer-123", ruled("customer_id")),
+    "amount_cents": ("Amount", "99.99", ruled("amount_cents", cents)),
+    "wait_seconds": ("Wait seconds", "10", ruled("wait_seconds", float)),
+}
 
 
 def fault(text: str) -> tuple[str, str]:
@@ -840,7 +1217,7 @@ def fault(text: str) -> tuple[str, str]:
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = store.Parser(description="Place orders, and crash things on purpose.")
-    commands = parser.add_subparsers(dest="command", title="commands", required=True)
+    commands = parser.add_subparsers(dest="command", title="commands (without one: the exercises)")
     names = f"STEP is one of {', '.join(STEPS)}. FAULT is one of {', '.join(FAULTS)}."
     charge = commands.add_parser("charge", help="wait, then charge: lesson one", epilog=names)
     order = commands.add_parser("order", help="place an order", epilog=names)
@@ -869,6 +1246,9 @@ def parse_arguments() -> argparse.Namespace:
     chaos.add_argument("--orders", type=store.positive, default=60, help="default 60")
     chaos.add_argument("--kills", type=store.positive, default=10, help="of workers; default 10")
     chaos.add_argument("--seed", type=int, default=1, help="of what is drawn; default 1")
+    load = commands.add_parser("load", help="many orders, and what each costs")
+    load.add_argument("--orders", type=store.positive, default=200, help="default 200")
+    load.add_argument("--wait", dest="wait_seconds", type=float, help="seconds they sleep first")
     options: argparse.Namespace = parser.parse_args()
     if unknown := set(getattr(options, "names", [])) - set(tests):
         crash.error(f"no crash test {min(unknown)}; there are {', '.join(tests)}")
@@ -882,7 +1262,14 @@ def main() -> int:
     options = parse_arguments()
     # A plain kill should clean up after us like Ctrl+C.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    commands = {"charge": run_charge, "order": run_order, "crash": run_crash, "chaos": run_chaos}
+    commands = {
+        "charge": run_charge,
+        "order": run_order,
+        "crash": run_crash,
+        "chaos": run_chaos,
+        "load": run_load,
+        None: run_prompts,
+    }
     try:
         return asyncio.run(commands[options.command](options))
     except RPCError as error:

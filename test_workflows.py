@@ -7,32 +7,44 @@ Every wait is bounded and polls for a condition; no test depends on something be
 from __future__ import annotations
 
 import asyncio
+import io
 import json
+import os
+import runpy
+import signal
+import socket
 import subprocess
+import sys
 import uuid
-from collections.abc import Coroutine, Iterator
+from collections import Counter
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import dataclass, field
+from contextlib import redirect_stderr, redirect_stdout, suppress
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 from temporalio.client import (
     Client,
+    WithStartWorkflowOperation,
     WorkflowFailureError,
     WorkflowHandle,
     WorkflowHistory,
+    WorkflowUpdateFailedError,
 )
+from temporalio.common import WorkflowIDConflictPolicy
 from temporalio.exceptions import ApplicationError
 from temporalio.service import RPCError
 from temporalio.worker import Replayer, Worker
 
 import charge_store as store
-from activities import ORDER_STEPS, STEPS
-from starter import Stage, private_stage
+from activities import ORDER_STEPS, STEPS, Order, parse_order
+from starter import HERE, Stage, persist, private_stage
 from worker import DATA_CONVERTER, make_workers
-from workflows import ORDERS_QUEUE, OrderWorkflow
+from workflows import ORDERS_QUEUE, SHIPPING_QUEUE, OrderWorkflow
 
 BRIEF = timedelta(seconds=3)
 LONG = 60  # seconds after which a wait has failed; far above what anything here takes
@@ -228,13 +240,16 @@ async def play(client: Client, scenario: Scenario, stage: Stage | None) -> Outco
     order_id = f"test-{uuid.uuid4().hex[:12]}"
     raw = PATIENT | {"max_attempts": 3, "order_id": order_id} | scenario.order
     first = next((send for send in scenario.sends if send[0] == "START"), None)
-    handle = await client.start_workflow(
-        "OrderWorkflow",
-        raw,
-        id=order_id,
-        task_queue=ORDERS_QUEUE,
-        start_signal=first[1] if first else None,
-        start_signal_args=arguments(first[2]) if first else [],
+    handle = await persist(
+        lambda: client.start_workflow(
+            "OrderWorkflow",
+            raw,
+            id=order_id,
+            task_queue=ORDERS_QUEUE,
+            id_conflict_policy=WorkflowIDConflictPolicy.USE_EXISTING,
+            start_signal=first[1] if first else None,
+            start_signal_args=arguments(first[2]) if first else [],
+        )
     )
     for state, name, argument in scenario.sends:
         if state == "START":
@@ -248,9 +263,9 @@ async def play(client: Client, scenario: Scenario, stage: Stage | None) -> Outco
             await stage.start_server()
         elif name.startswith("CANCEL"):
             target = f"ship-{order_id}" if name == "CANCEL SHIPPING" else order_id
-            await client.get_workflow_handle(target).cancel()
+            await persist(client.get_workflow_handle(target).cancel)
         else:
-            await handle.signal(name, args=arguments(argument))
+            await persist(partial(handle.signal, name, args=arguments(argument)))
     return await gather(handle)
 
 
@@ -291,7 +306,7 @@ def ledger(order_id: str, what: str = "status") -> dict[str, Any]:
 async def gather(handle: WorkflowHandle[Any, Any]) -> Outcome:
     """Wait for an order's end and collect what it left."""
     try:
-        ended = await handle.result()
+        ended = await persist(handle.result)
     except WorkflowFailureError as error:
         assert isinstance(error.cause, ApplicationError), error.cause
         ended = str(error.cause.type)
@@ -300,7 +315,7 @@ async def gather(handle: WorkflowHandle[Any, Any]) -> Outcome:
         await status_of(handle),
         ledger(handle.id),
         store.select("SELECT * FROM events WHERE order_id = ? ORDER BY id", handle.id),
-        await handle.fetch_history(),
+        await persist(handle.fetch_history),
     )
 
 
@@ -308,7 +323,7 @@ async def play_all(
     client: Client, scenarios: dict[str, Scenario], stage: Stage | None = None
 ) -> dict[str, Any]:
     """Play scenarios side by side, but not so many that a step takes long; keep what each gave."""
-    places = asyncio.Semaphore(24)
+    places = asyncio.Semaphore(32)
 
     async def one(scenario: Scenario) -> Outcome:
         async with places:
@@ -587,3 +602,527 @@ def test_a_stop_is_obeyed_that_comes_together_with_a_steps_answer(stage: Stage, 
         outcome = within(work())
     assert outcome.ended == ("DeadlineExceeded" if way == "deadline" else "CANCELLED")
     assert outcome.effects == {}
+
+
+RED = "\x1b[31mred\u202e\n"  # a colour, a reversal of the text and a line of its own
+NAN, INF = float("nan"), float("inf")
+STUCK = "prepare_package=down"
+
+# The limits of an order: {field: (good values, bad values)}.
+
+BAD_ID = [" ", "a b", "x" * 101, "a\n", "ä", "٣", "a/b", 5, None, True, ["a"]]
+BAD_SECONDS = [-0.1, 86_400.1, NAN, INF, -INF, 10**400, "5", True, [1]]
+LIMITS: dict[str, tuple[list[Any], list[Any]]] = {
+    "order_id": (["A-z.0_9", "x" * 100, "a-ship-1"], ["", "ship-1", "charge-1", *BAD_ID]),
+    "customer_id": (["a", "x" * 100, "ship-1"], ["", *BAD_ID]),
+    "amount_cents": ([1, 10**8], [0, -1, 10**8 + 1, 12.5, 100.0, True, "100", None, NAN, INF]),
+    "payment_id": (["p", "x" * 100], BAD_ID),
+    "address": (["1", " 1 ", "x" * 200, RED], ["", " \t\n", "x" * 201, 5, None, ["1"]]),
+    "card_expiry": (["01/30", "12/99"], ["", "13/30", "00/30", "1/30", "12/2030", "12/30\n", 1230]),
+    "wait_seconds": ([0, 0.5, 86_400], [*BAD_SECONDS, None]),
+    "review": (["person", "timer"], ["", "Person", "timer\n", None, True]),
+    "review_seconds": ([0, 0.5, 86_400], BAD_SECONDS),
+    "deadline_seconds": ([0, 0.5, 86_400], [*BAD_SECONDS, None]),
+    "max_attempts": ([0, 100], [-1, 101, 2.5, 1.0, True, "3", None, NAN]),
+    "simulate": (
+        [{}, {"charge_payment": "down", "release_inventory": "crash-after"}],
+        [None, [], "down", {"x": "down"}, {"charge_payment": "x"}, {"charge_payment": ["down"]}],
+    ),
+    "colour": ([], ["red"]),  # unknown
+}
+
+
+@pytest.mark.parametrize("field", LIMITS)
+def test_a_value_within_its_limits_is_taken_and_any_other_refused_by_name(field: str) -> None:
+    good, bad = LIMITS[field]
+    for value in good:
+        raw: dict[str, Any] = {"order_id": "order-1"} | {field: value}
+        assert getattr(parse_order(raw, raw["order_id"]), field) == value
+    for value in bad:
+        raw = {"order_id": "order-1"} | {field: value}
+        with pytest.raises(ApplicationError) as refused:
+            pytest.fail(f"taken: {parse_order(raw, raw['order_id'])}")
+        assert field in refused.value.message.split(":")[0]
+        assert (refused.value.type, refused.value.non_retryable) == ("InvalidOrder", True)
+        assert refused.value.message.isprintable()
+
+
+def test_an_order_id_is_the_workflow_id_and_defaults_are_filled_in() -> None:
+    with pytest.raises(ApplicationError, match=r"order_id: .*other"):
+        parse_order({"order_id": "a"}, "other")
+    order = parse_order({"order_id": "a"}, "a")
+    assert order == Order("a", payment_id="pay-a", review_seconds=30)
+    assert parse_order(asdict(order), "a") == order
+    assert parse_order({"order_id": "a", "review": "timer"}, "a").review_seconds == 2
+    assert parse_order({"order_id": "charge-a-1"}, "charge-a-1", charge=True).payment_id
+
+
+# The ledger and the audit, without Temporal.
+
+CHARGE = ("charge", "k", "o", "c", 5)
+UNDONE = [*(REFUNDED | {"dispatch": "dispatched"}).items(), *((kind, "voided") for kind in PAID)]
+
+
+@pytest.fixture
+def empty_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep one test's ledger in a file of its own."""
+    monkeypatch.setenv("CHARGE_STORE", str(tmp_path / "store.db"))
+
+
+def test_a_charge_many_ask_for_is_made_once_and_each_request_counts(empty_store: None) -> None:
+    hammer = f"import charge_store as s\nfor _ in range(50): s.perform(*{CHARGE})"
+    processes = [subprocess.Popen([sys.executable, "-c", hammer], cwd=HERE) for _ in range(4)]
+    with ThreadPoolExecutor(8) as threads:
+        receipts = list(threads.map(lambda _: store.perform(*CHARGE), range(8 * 50)))
+    assert [process.wait(LONG) for process in processes] == [0] * 4
+    [row] = store.select("SELECT * FROM charges")
+    assert (row["status"], row["requests"]) == ("charged", 600)
+    assert {receipt["created_at"] for receipt in receipts} == {row["created_at"]}
+
+
+@pytest.mark.parametrize("owner", [("o2", "c", 5), ("o", "c2", 5), ("o", "c", 6)])
+def test_a_key_of_another_order_customer_or_amount_charges_and_refunds_nothing(
+    owner: tuple[str, str, int], empty_store: None
+) -> None:
+    other = ("charge", "k", *owner)
+    first = store.perform(*CHARGE)
+    with pytest.raises(store.PaymentConflict):
+        store.perform(*other)
+    assert store.undo(*other) == "not ours"
+    assert store.perform(*CHARGE) == first | {"requests": 3}
+    assert [store.undo(*CHARGE), store.undo(*other)] == ["refunded", "not ours"]
+
+
+@pytest.mark.parametrize(("kind", "undone"), UNDONE)
+def test_what_was_undone_is_refused_for_good_and_a_package_that_left_stays_away(
+    kind: str, undone: str, empty_store: None
+) -> None:
+    effect = (kind, "k", "o", "c", 5)
+    if undone != "voided":
+        store.perform(*effect)
+    assert [store.undo(*effect), store.undo(*effect)] == [undone, undone]
+    if undone == "dispatched":
+        assert store.perform(*effect)["requests"] == 2
+    else:
+        with pytest.raises(store.OrderGivenUp):
+            store.perform(*effect)
+    assert ledger("o") == {kind: undone}
+
+
+def test_a_note_is_written_once_if_asked_so(empty_store: None) -> None:
+    ids = [store.record("o", "approve", {"n": n}, once=True) for n in (1, 1, 2)]
+    assert ids[0] and not ids[1] and ids[2] and store.count("o", "approve") == 2
+    assert store.record("o", "approve", {"n": 1}) and store.count("o", "approve") == 3
+
+
+ALL = "charge reservation dispatch"
+AUDITED = [  # effects in force, outcomes in turn, and how many lines the audit must give
+    ("", "", 0),
+    (ALL, "COMPLETED", 0),
+    (ALL, "FAILED COMPLETED", 0),
+    (ALL, "COMPLETED FAILED", 3),
+    (ALL, "", 0),
+    ("charge reservation", "COMPLETED", 1),
+    ("", "COMPLETED", 3),
+    ("charge", "REJECTED", 1),
+    ("", "EXPIRED", 0),
+    (f"charge {ALL}", "", 1),
+    (f"charge {ALL}", "COMPLETED", 1),
+    ("dispatch dispatch reservation reservation", "", 2),
+]
+
+
+@pytest.mark.parametrize(("in_force", "outcomes", "violations"), AUDITED)
+def test_the_audit_has_a_line_for_each_effect_that_does_not_fit_the_last_outcome(
+    in_force: str, outcomes: str, violations: int, empty_store: None
+) -> None:
+    for number, kind in enumerate(in_force.split()):
+        store.perform(kind, f"k{number}", RED, "c", 5)
+        store.undo(kind, f"v{number}", RED, "c", 5)  # what is voided counts for nothing
+    for state in outcomes.split():
+        store.record(RED, "outcome", {"state": state})
+    done = cli("charge_store.py --audit")
+    assert (done.returncode, done.stderr) == (violations > 0, "") and "\x1b" not in done.stdout
+    assert len(done.stdout.splitlines()) == max(violations, 1)
+
+
+# Orders that our scripts would not send: straight to the server.
+
+
+@pytest.fixture(scope="session")
+def served(stage: Stage, worker: subprocess.Popen[bytes]) -> Stage:
+    """Set the stage with a worker on it."""
+    return stage
+
+
+def bounded(test: Callable[[Client], Coroutine[Any, Any, None]]) -> Callable[[Stage], None]:
+    """Make a test of an async one: in a loop of its own, with a client, bounded."""
+
+    async def work(stage: Stage) -> None:
+        await test(await connect(stage))
+
+    return lambda served: within(work(served))
+
+
+WHOLE: list[Any] = [[], [None], ["an order"], [5], [{}], [[{"order_id": "bad-"}]]]
+WHOLE += [[{"order_id": "bad-other"}], [{"order_id": "bad-1"}, {"order_id": "bad-1"}]]
+FIELDS: list[Any] = [{"colour": "red"}, {"max_attempts": -1}, {"wait_seconds": NAN}]
+FIELDS += [{"review_seconds": 1e300}, {"amount_cents": True}, {"deadline_seconds": "5"}]
+KINDS = {
+    "OrderWorkflow": (ORDERS_QUEUE, "", ""),
+    "ChargeWorkflow": (ORDERS_QUEUE, "charge-", "charge-"),
+    "ShippingWorkflow": (SHIPPING_QUEUE, "ship-", ""),
+}
+
+
+@bounded
+async def test_a_malformed_order_fails_at_once_and_leaves_no_trace(client: Client) -> None:
+    async def send(kind: str, inputs: Any) -> str:
+        (queue, prefix, order_prefix), name = KINDS[kind], f"bad-{uuid.uuid4().hex}"
+        if isinstance(inputs, dict):
+            inputs = [{"order_id": order_prefix + name} | inputs]
+        sent = client.execute_workflow(kind, args=inputs, id=prefix + name, task_queue=queue)
+        with pytest.raises(WorkflowFailureError) as failed:
+            await asyncio.wait_for(sent, LONG / 2)
+        return str(getattr(failed.value.cause, "type", failed.value.cause))
+
+    sent = [(kind, inputs) for kind in KINDS for inputs in [*WHOLE, *FIELDS]]
+    ends = await asyncio.gather(*(send(*one) for one in sent), return_exceptions=True)
+    wrong = [(*one, end) for one, end in zip(sent, ends, strict=True) if end != "InvalidOrder"]
+    assert wrong == []
+    left = store.select("SELECT order_id FROM events UNION SELECT order_id FROM effects")
+    assert not [row for row in left if "bad-" in row["order_id"]]
+
+
+# Updates, and the trail that an order leaves.
+
+
+async def place(client: Client, approved: bool = True, **fields: Any) -> WorkflowHandle[Any, Any]:
+    """Place an order, approved in advance or not."""
+    raw = PATIENT | {"order_id": f"more-{uuid.uuid4().hex}"} | fields
+    yes = "approve" if approved else None
+    return await client.start_workflow(
+        "OrderWorkflow", raw, id=raw["order_id"], task_queue=ORDERS_QUEUE, start_signal=yes
+    )
+
+
+async def refusal(handle: WorkflowHandle[Any, Any], address: str) -> str:
+    """Update the address, which must be refused, and return the reason."""
+    with pytest.raises((WorkflowUpdateFailedError, RPCError)) as refused:
+        await handle.execute_update("update_address", address)
+    return str(refused.value.__cause__ or refused.value)
+
+
+async def updates(handle: WorkflowHandle[Any, Any]) -> int:
+    """Count the events of updates in a history."""
+    history = await handle.fetch_history()
+    return sum("_update_" in str(event.WhichOneof("attributes")) for event in history.events)
+
+
+def notes(order_id: str, *types: str) -> list[tuple[str, dict[str, Any]]]:
+    """Read an order's events of these types: their types and payloads."""
+    rows = store.select("SELECT * FROM events WHERE order_id = ? ORDER BY id", order_id)
+    return [(r["type"], json.loads(r["payload_json"])) for r in rows if r["type"] in types]
+
+
+@bounded
+async def test_an_address_changes_and_a_refused_update_leaves_no_event(client: Client) -> None:
+    handle = await place(client, approved=False)
+    await reach(handle, "AWAITING_REVIEW")
+    for bad in (" ", "x" * 201):
+        assert "must be 1 to 200 characters" in await refusal(handle, bad)
+    assert await updates(handle) == 0
+    assert await handle.execute_update("update_address", "2 Side Street") == "2 Side Street"
+    assert (await handle.query("status"))["address"] == "2 Side Street"
+    await handle.signal("approve")
+    assert (await gather(handle)).ended == "COMPLETED"
+    sent = notes(handle.id, "prepare_package", "dispatch_carrier")
+    assert [payload["address"] for _, payload in sent] == ["2 Side Street"] * 2
+    assert "completed" in await refusal(handle, "3 Late Street")
+
+
+@bounded
+async def test_once_shipping_has_begun_the_address_stays(client: Client) -> None:
+    handle = await place(client, address="1 Own Road", simulate={"prepare_package": "down"})
+    await reach(handle, "prepare_package")
+    assert "too late, the order is SHIPPING" in await refusal(handle, "3 Late Street")
+    for address in ("3 Late Street", " "):
+        await handle.signal("update_address", address)
+    await handle.signal("cancel")
+    outcome = await gather(handle)
+    assert (outcome.ended, outcome.effects) == ("CANCELLED", VOIDED)
+    assert (outcome.status["address"], await updates(handle)) == ("1 Own Road", 0)
+    assert notes(handle.id, "prepare_package")[0][1]["address"] == "1 Own Road"
+    blank, late = sorted(
+        (payload["address"], payload["reason"])
+        for _, payload in notes(handle.id, "address_refused")
+    )
+    assert blank[0] == " " and late == ("3 Late Street", "too late, the order is SHIPPING")
+
+
+@bounded
+async def test_an_update_sent_with_its_order_runs_before_the_first_line(client: Client) -> None:
+    raw = PATIENT | {"order_id": "more-start", "review": "timer", "review_seconds": 0}
+    fail = WorkflowIDConflictPolicy.FAIL
+    start: WithStartWorkflowOperation[Any, Any] = WithStartWorkflowOperation(
+        "OrderWorkflow", raw, id="more-start", task_queue=ORDERS_QUEUE, id_conflict_policy=fail
+    )
+    answer = await client.execute_update_with_start_workflow(
+        "update_address", "4 New Street", start_workflow_operation=start
+    )
+    assert answer == "4 New Street"
+    assert (await gather(await start.workflow_handle())).ended == "COMPLETED"
+    assert notes("more-start", "dispatch_carrier")[0][1]["address"] == "4 New Street"
+
+
+@bounded
+async def test_attempts_and_decisions_leave_rows_and_the_outcome_is_last(client: Client) -> None:
+    simulate = {"charge_payment": "flaky", "prepare_package": "down"}
+    handle = await place(client, simulate=simulate)
+    await reach(handle, "prepare_package")
+    await handle.signal("reject", "too late")
+    await handle.signal("cancel", "enough")
+    outcome = await gather(handle)
+    names: dict[int, str] = {}
+    begun = Counter[tuple[str, int]]()
+    for event in outcome.history.events:
+        names[event.event_id] = event.activity_task_scheduled_event_attributes.activity_type.name
+        start = event.activity_task_started_event_attributes
+        begun.update((names[start.scheduled_event_id], n + 1) for n in range(start.attempt))
+    rows = [row for row in outcome.events if row["type"] in {*STEPS} - {"prepare_package"}]
+    assert Counter((row["type"], row["attempt"]) for row in rows) == begun
+    assert begun["charge_payment", 3] == begun["refund_payment", 1] == 1
+    assert all(p["seconds"] >= 0 and p["ended"] for _, p in notes(handle.id, *STEPS))
+    charges = [payload["ended"] for _, payload in notes(handle.id, "charge_payment")]
+    assert [ended.split(":")[0] for ended in charges] == ["Outage", "Outage", "ok"]
+    [(_, received)] = notes(handle.id, "receive_order")
+    order = parse_order(PATIENT | {"order_id": handle.id, "simulate": simulate}, handle.id)
+    assert received.items() >= asdict(order).items()
+    told = {
+        (name, payload.get("note", payload.get("reason")), payload.get("counts"))
+        for name, payload in notes(handle.id, "approve", "reject", "cancel", "outcome")
+    }
+    decided = {("approve", "", True), ("reject", "too late", False), ("cancel", "enough", None)}
+    assert told == decided | {("outcome", None, None)}
+    assert outcome.events[-1]["type"] == "outcome" and outcome.effects == VOIDED
+
+
+@bounded
+async def test_a_second_order_on_one_payment_id_leaves_the_first_its_charge(client: Client) -> None:
+    first, second = [await gather(await place(client, payment_id="pay-more")) for _ in range(2)]
+    assert (first.ended, second.ended) == ("COMPLETED", "PaymentConflict")
+    assert second.effects == UNPAID and ledger(first.status["order_id"]) == PAID
+
+
+# The command lines, as processes: an exit code, something that must be said, and the command as in
+# a shell, in which some words stand for others and {a,b} for each of a and b.
+
+NOT_THERE = "TEMPORAL_ADDRESS=127.0.0.1:1"  # nothing listens there
+WORDS = {"EMPTY": "", "BLANK": " ", "RED": RED, "--RED": f"--{RED}", "NOT_UTF8": "\udcff"}
+WORDS |= {f"X{n}": "x" * n for n in (101, 201, 501, 2000)}
+TYPED = ascii(RED)[1:-1]  # how RED must be printed
+WORDY = """
+2 | starter.py | starter.py {--RED,order EMPTY,order ship-1,order charge-1,order RED,order X101}
+2 | starter.py | starter.py order {--RED,--review=x,--card-expiry=13/30,--deadline=-1}
+2 | --amount | starter.py order --amount {1.234,-1,abc,EMPTY,nan,1e3}
+2 | amount_cents | starter.py {order --amount 1000000.01,charge --amount 0}
+2 | address | starter.py order --address {EMPTY,BLANK,X201}
+2 | starter.py | starter.py {order --payment-id EMPTY,charge --customer-id EMPTY,charge surplus}
+2 | seconds | starter.py {order --wait nan,order --review-seconds inf,charge --wait -1}
+2 | attempts | starter.py order --max-attempts {101,1.5}
+2 | STEP=FAULT | starter.py order --simulate {charge_payment,step=down,charge_payment=RED}
+2 | signals.py | signals.py {RED,status,update-address o,approve o --RED,list --limit -1}
+2 | 500 | signals.py {approve o --note,cancel o --reason} X501
+2 | .py | {worker.py EMPTY,worker.py RED,charge_store.py --RED}
+0 | usage: | {worker.py,charge_store.py,starter.py charge,starter.py order,starter.py crash} --help
+0 | usage: | starter.py {chaos --help,--help}
+0 | usage: | signals.py {approve,cancel,update-address,watch,history,list} --help
+"""
+ANSWERS = f"""
+2 | LOG_LEVEL | LOG_LEVEL=RED worker.py
+2 | starter.py | starter.py order {{NOT_UTF8,--amount --RED}}
+2 | 500 | signals.py approve o --note X501
+0 | usage: | signals.py --help
+1 | see: | signals.py {{approve,reject,cancel,status,watch,history,events}} nobody
+1 | see: | signals.py {{update-address nobody 3,approve X2000}}
+2 | not valid text | signals.py {{status,events}} NOT_UTF8
+1 | see: | signals.py status EMPTY
+1 | nothing of | charge_store.py RED
+1 | no Temporal server | {NOT_THERE} {{starter.py order,signals.py approve o}}
+1 | no Temporal server | TEMPORAL_ADDRESS={{127.0.0.1:1,RED,SILENT}} worker.py
+1 | configuration | TEMPORAL_PROFILE=no-such worker.py
+1 | CHARGE_STORE | CHARGE_STORE=no-such-folder/store.db charge_store.py
+"""
+STORIES = f"""
+an order is followed to its end and then it is too late
+0 | done COMPLETED | starter.py order done --review timer --review-seconds 0 --wait-result
+1 | finished already: nothing was started | starter.py order done
+1 | too late | signals.py {{approve done,reject done,cancel done,update-address done 3}}
+0 | COMPLETED | signals.py {{status,watch,events}} done
+0 | the workflow is complete | signals.py history done
+0 | requests 1, charged once | charge_store.py done
+
+a running order is attached to and what people typed is escaped
+0 | open started | starter.py order open --address RED --review-seconds 600 --deadline 600
+0 | open is running already | starter.py order open
+0 | {TYPED} | signals.py status open
+1 | must be 1 to 200 characters | signals.py update-address open BLANK
+0 | open: goes to | signals.py update-address open X101
+0 | reject sent | signals.py reject open --note RED
+0 | open REJECTED | signals.py watch open
+0 | note={TYPED} | signals.py events open
+0 | address={TYPED} | charge_store.py open
+
+the first decision stands and to be cancelled is not to fail
+0 | late started | starter.py order late --deadline 600 --max-attempts 0 --simulate {STUCK}
+0 | approve sent | signals.py approve late
+1 | only recorded | signals.py reject late
+0 | cancel sent | signals.py cancel late
+0 | late CANCELLED | signals.py watch late
+
+an order that failed says why
+1 | card expired 12/20 | starter.py order bad --card-expiry 12/20 --review timer --wait-result
+1 | bad FAILED | signals.py watch bad
+
+the same charge again is the same workflow and charged once
+0 | charge-c-1230 charged | starter.py charge --customer-id c --amount 12.3 --wait-result
+0 | charge-c-1230 charged | starter.py charge --customer-id c --amount 12.30 --wait-result
+0 | requests 2, charged once | charge_store.py charge-c-1230
+
+an id that somebody else gave a workflow is escaped
+1 | too late | signals.py {{approve RED,update-address RED 3}}
+1 | {TYPED} FAILED | signals.py watch RED
+0 | {TYPED} | signals.py {{status RED,list}}
+"""
+ALONE = """
+0 | no worker answers; start one | starter.py order new
+1 | no worker answers; start one | signals.py {status new,update-address new 3}
+0 | approve sent; no worker answers | signals.py approve new
+"""
+Steps = list[tuple[int, str, str]]
+Done = subprocess.CompletedProcess[str]
+
+
+def steps(text: str) -> Steps:
+    """Read lines of: exit code | what must be said | command."""
+    parts = [line.split(" | ") for line in text.strip().splitlines()]
+    return [(int(code), says, one) for code, says, many in parts for one in expand(many)]
+
+
+def expand(line: str) -> list[str]:
+    """Spell {a,b} out, as a shell does."""
+    head, brace, rest = line.partition("{")
+    values, _, tail = rest.partition("}")
+    return [o for v in values.split(",") for o in expand(head + v + tail)] if brace else [line]
+
+
+STORY = [story.partition("\n") for story in STORIES.strip().split("\n\n")]
+FLOWS = {title: steps(text) for title, _, text in STORY}
+FLOWS |= {step[2]: [step] for step in steps(ANSWERS)}
+
+
+def cli(line: str, **environment: str) -> Done:
+    """Run a command in pipes, bounded."""
+    words = line.split(" ")
+    while "=" in words[0]:
+        name, _, value = words.pop(0).partition("=")
+        environment[name] = WORDS.get(value, value)
+    arguments = [sys.executable, *(WORDS.get(word, word) for word in words)]
+    pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True}
+    pipes |= {"cwd": HERE, "env": os.environ | environment, "errors": "replace"}
+    try:
+        return subprocess.run(arguments, timeout=30, **pipes)
+    except subprocess.TimeoutExpired:
+        return Done(arguments, 124, "", "no end after 30 s")
+
+
+def here(line: str) -> Done:
+    """Run a command in this process, to save the second of imports, if it only looks at words."""
+    arguments = [WORDS.get(word, word) for word in line.split(" ")]
+    out, err, at_kill = io.StringIO(), io.StringIO(), signal.getsignal(signal.SIGTERM)
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setattr(sys, "argv", arguments)
+        patch.setenv(*NOT_THERE.split("="))
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(HERE / arguments[0]), run_name="__main__")
+    signal.signal(signal.SIGTERM, at_kill)
+    assert isinstance(end.value.code, int)
+    return Done(arguments, end.value.code, out.getvalue(), err.getvalue())
+
+
+def check_step(step: tuple[int, str, str], done: Done) -> None:
+    """Compare an answer: the code, the words; all escaped; one line on stderr only if it failed."""
+    code, says, line = step
+    assert done.returncode == code and says in (done.stderr if code else done.stdout), (line, done)
+    assert (done.stdout + done.stderr).replace("\n", "").isprintable(), (line, done)
+    assert len(done.stderr.splitlines()) == (code != 0), (line, done.stderr)
+
+
+def run_flows(flows: dict[str, Steps], address: str) -> dict[str, list[Done]]:
+    """Run flows side by side, and the steps of each in turn."""
+
+    def run(flow: Steps) -> list[Done]:
+        return [cli(line, TEMPORAL_ADDRESS=address) for _, _, line in flow]
+
+    with ThreadPoolExecutor(4) as pool:
+        return dict(zip(flows, pool.map(run, flows.values()), strict=True))
+
+
+@pytest.mark.parametrize("step", steps(WORDY), ids=lambda step: step[2])
+def test_wrong_usage_exits_2_with_one_line_and_each_command_has_help(
+    step: tuple[int, str, str],
+) -> None:
+    check_step(step, here(step[2]))
+
+
+@pytest.fixture(scope="session")
+def told(served: Stage) -> dict[str, list[Done]]:
+    """Run all flows on a stage with a worker, where one workflow has an id of RED."""
+
+    async def work() -> None:
+        client = await connect(served)
+        with pytest.raises(WorkflowFailureError):
+            await client.execute_workflow("OrderWorkflow", id=RED, task_queue=ORDERS_QUEUE)
+
+    within(work())
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        WORDS["SILENT"] = f"127.0.0.1:{silent.getsockname()[1]}"
+        return run_flows(FLOWS, served.address)
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_commands_answer_by_exit_code_and_in_one_line_if_they_fail(
+    name: str, told: dict[str, list[Done]]
+) -> None:
+    for step, done in zip(FLOWS[name], told[name], strict=True):
+        check_step(step, done)
+
+
+@pytest.fixture(scope="module")
+def alone() -> list[Done]:
+    """Run commands on a stage without a worker; then start one and stop it by Ctrl+C."""
+
+    async def work() -> list[Done]:
+        async with private_stage() as stage:
+            first, *rest = steps(ALONE)
+            answers = run_flows({"": [first]}, stage.address)
+            answers |= run_flows({step[2]: [step] for step in rest}, stage.address)
+            worker = stage.start_worker()
+            while not store.count("new", "receive_order"):
+                await asyncio.sleep(0.1)
+            worker.send_signal(signal.SIGINT)
+            code = await asyncio.to_thread(worker.wait, LONG / 2)
+            log = (stage.folder / "workers.log").read_text()
+            return [*(done for [done] in answers.values()), Done([], code, log, "")]
+
+    answers: list[Done] = within(work())
+    return answers
+
+
+def test_without_a_worker_a_signal_is_kept_and_a_question_is_given_up(alone: list[Done]) -> None:
+    for step, done in zip(steps(ALONE), alone[:-1], strict=True):
+        check_step(step, done)
+
+
+def test_a_worker_stops_on_ctrl_c_in_good_order(alone: list[Done]) -> None:
+    check_step((0, "stopped", "worker.py"), alone[-1])
