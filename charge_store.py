@@ -299,12 +299,18 @@ def run_script(main: Callable[[], int]) -> NoReturn:
         sys.exit(f"cannot go on: {error}")
 
 
-def main() -> int:
-    """Print the ledger, one order's trail, or the audit."""
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
     parser = Parser(description="Show the ledger and the audit trail, or audit them.")
     parser.add_argument("order_id", nargs="?", help="show this order's effects and events")
     parser.add_argument("--audit", action="store_true", help="check it; exit 1 if it is off")
-    options = parser.parse_args()
+    options: argparse.Namespace = parser.parse_args()
+    return options
+
+
+def main() -> int:
+    """Print the ledger, one order's trail, or the audit."""
+    options = parse_arguments()
     if options.audit:
         violations = audit()
         print("\n".join(violations) or f"audit: {store_path().name} is clean")

@@ -177,11 +177,19 @@ async def ask(handle: Handle) -> tuple[dict[str, Any], str]:
     except (RPCError, TimeoutError) as error:
         if isinstance(error, RPCError) and error.status in SERVER_DOWN:
             raise
-        description = await handle.describe()
-        if description.raw_description.pending_workflow_task.attempt > 1:
+        if await code_fails(handle):
             return {}, f"the workflow's code fails; see: {see('history', handle.id)}"
         return {}, silent()
     return status, str(status["state"])
+
+
+async def code_fails(handle: Handle) -> bool:
+    """Tell whether a worker last failed in the workflow's code; one that was killed did not."""
+    ends = ("workflow_task_completed", "workflow_task_failed", "workflow_task_timed_out")
+    last = ""
+    async for event in handle.fetch_history_events():
+        last = next((end for end in ends if event.HasField(f"{end}_event_attributes")), last)  # type: ignore[arg-type]
+    return last == "workflow_task_failed"
 
 
 async def status(client: Client, options: argparse.Namespace) -> int:

@@ -585,10 +585,10 @@ class CrashRun:
 async def come(client: Client, ids: list[str], cue: str, before: int = 0) -> bool:
     """Tell whether orders have come so far: to their end, an effect, or a number of events."""
     if cue in ("end", "task fails"):
-        found = [await client.get_workflow_handle(order_id).describe() for order_id in ids]
-        if cue == "end":
-            return all(f.status != WorkflowExecutionStatus.RUNNING for f in found)
-        return all(f.raw_description.pending_workflow_task.attempt > 1 for f in found)
+        handles = [client.get_workflow_handle(order_id) for order_id in ids]
+        if cue == "task fails":
+            return all([await signals.code_fails(handle) for handle in handles])
+        return all([(await handle.describe()).status != signals.RUNNING for handle in handles])
     if cue == "timer":
         history = await client.get_workflow_handle(ids[0]).fetch_history()
         return any(event.HasField("timer_started_event_attributes") for event in history.events)

@@ -7,14 +7,24 @@ Every wait is bounded and polls for a condition; no test depends on something be
 from __future__ import annotations
 
 import asyncio
+import fcntl
+import importlib
 import io
+import itertools
 import json
 import os
+import re
 import runpy
+import select
+import shlex
+import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
+import termios
+import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator
@@ -41,11 +51,22 @@ from temporalio.service import RPCError
 from temporalio.worker import Replayer, Worker
 
 import charge_store as store
-from activities import ORDER_STEPS, STEPS, Order, parse_order
-from starter import HERE, Stage, persist, private_stage
+from activities import FAULTS, ORDER_STEPS, RULES, STEPS, Order, parse_order
+from starter import (
+    CRASH_TESTS,
+    EXERCISES,
+    HERE,
+    Stage,
+    changed_copy,
+    free_port,
+    persist,
+    private_stage,
+    sections,
+)
 from worker import DATA_CONVERTER, make_workers
 from workflows import ORDERS_QUEUE, SHIPPING_QUEUE, OrderWorkflow
 
+SCRIPTS = ("charge_store.py", "worker.py", "starter.py", "signals.py")
 BRIEF = timedelta(seconds=3)
 LONG = 60  # seconds after which a wait has failed; far above what anything here takes
 PATIENT = {"deadline_seconds": 600, "max_attempts": 0}
@@ -1126,3 +1147,190 @@ def test_without_a_worker_a_signal_is_kept_and_a_question_is_given_up(alone: lis
 
 def test_a_worker_stops_on_ctrl_c_in_good_order(alone: list[Done]) -> None:
     check_step((0, "stopped", "worker.py"), alone[-1])
+
+
+# The README: what it names exists, what it tells to type is understood.
+
+README = (HERE / "README.md").read_text(encoding="utf-8")
+BASH = [
+    line.strip()
+    for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    for line in block.replace("\\\n", " ").splitlines()
+]
+TABLED = re.findall(r"`(python [^`]*)`", README)
+OURS = sorted(
+    {m for line in [*BASH, *TABLED] for m in re.findall(r"\w+\.py(?: [^&|;#>]*)?$", line)}
+)
+SERVERS = sorted({m for line in BASH for m in re.findall(r"\btemporal [^&|;#>]*", line)})
+
+
+@pytest.mark.parametrize("line", OURS)
+def test_each_command_in_the_readme_is_understood(line: str) -> None:
+    script, *words = shlex.split(line)
+    if script in ("test_workflows.py",):
+        return
+    module = importlib.import_module(script.removesuffix(".py"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [script, *words])
+        module.parse_arguments()
+
+
+@pytest.mark.parametrize("line", SERVERS)
+def test_each_flag_of_temporals_own_command_in_the_readme_exists(line: str) -> None:
+    words = shlex.split(line)
+    verbs = list(itertools.takewhile(lambda word: not word.startswith("-"), words[1:]))
+    beside = str(Path(sys.executable).parent) + os.pathsep + os.environ["PATH"]
+    temporal = shutil.which("temporal", path=beside)
+    assert temporal
+    told = subprocess.run([temporal, *verbs, "--help"], capture_output=True, text=True, timeout=30)
+    assert told.returncode == 0
+    for word in words:
+        assert not word.startswith("--") or word.partition("=")[0] in told.stdout, word
+
+
+def test_each_file_and_each_of_our_flags_in_the_readme_exists() -> None:
+    made_here = {"charge_store.db", "temporal.db"}
+    for name in re.findall(r"`([\w.]+\.(?:py|yml|txt|md|db))`", README):
+        assert name in made_here or (HERE / name).is_file(), name
+    known = "".join((HERE / script).read_text() for script in SCRIPTS)
+    for row in re.findall(r"^\| `(--[\w-]+)", README, re.MULTILINE):
+        assert f'"{row}"' in known, row
+    for words in (STEPS, FAULTS, RULES, [test.name for test in CRASH_TESTS], ["no-temporal"]):
+        for word in words:
+            assert f"`{word}`" in README, word
+
+
+def test_each_exercise_has_its_words_and_as_many_parts_to_do_as_the_starter_waits_for() -> None:
+    assert sections().keys() == EXERCISES.keys()
+    for number, (_, text) in sections().items():
+        beats = [beat for beat in EXERCISES[number].beats if str(beat).startswith("do ")]
+        assert text.count("\n**Do.**") == len(beats), number
+        for label in ("Predict", "Observe", "Explain"):
+            assert text.count(f"\n**{label}.**") == 1, (number, label)
+
+
+# The exercises, as a person at a terminal goes through them.
+
+
+class Terminal:
+    """A program in a pseudo-terminal: read until it says something, type."""
+
+    def __init__(self, words: list[str], **environment: str) -> None:
+        self.master, slave = os.openpty()
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 80, 0, 0))
+        pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), slave)
+        self.process = subprocess.Popen(words, cwd=HERE, env=os.environ | environment, **pipes)
+        os.close(slave)
+        self.text = ""
+
+    def read_until(self, pattern: str) -> re.Match[str]:
+        """Read until the pattern comes; what was read up to it is forgotten."""
+        end = time.monotonic() + LONG
+        while not (found := re.search(pattern, self.text)):
+            assert time.monotonic() < end, f"no {pattern} in {self.text[-2000:]}"
+            if select.select([self.master], [], [], 1)[0]:
+                with suppress(OSError):  # the program has ended
+                    self.text += os.read(self.master, 65536).decode()
+        self.text = self.text[found.end() :]
+        return found
+
+    def type(self, line: str) -> None:
+        """Type a line."""
+        os.write(self.master, f"{line}\n".encode())
+
+    def close(self) -> int:
+        """Wait for the program's end and return its exit code."""
+        code = self.process.wait(LONG)
+        os.close(self.master)
+        return code
+
+
+def begin(stage: Stage, number: str, customer: str) -> Terminal:
+    """Choose an exercise, answer its questions, one of them wrong at first."""
+    terminal = Terminal([sys.executable, "starter.py"], TEMPORAL_ADDRESS=stage.address)
+    for question, answer in (
+        (r"Exercise \[1\]: ", "99"),
+        (r"must be one of[^\n]*\n", number),
+        (r"Customer ID \[customer-123\]: ", "no spaces"),
+        (r"must be 1 to 100[^\n]*\n", customer),
+        (r"Amount \[99.99\]: ", "1.234"),
+        (r"must be an amount[^\n]*\n", "5"),
+    ):
+        terminal.read_until(question)
+        terminal.type(answer)
+    return terminal
+
+
+def test_exercise_1_sees_the_worker_die_and_another_take_over(one_worker: Stage) -> None:
+    terminal = begin(one_worker, "1", "pty-1")
+    terminal.read_until(r"Wait seconds \[10\]: ")
+    terminal.type("8")
+    terminal.read_until("go on: ")
+    terminal.type("")
+    pid = terminal.read_until(r"kill -9 (\d+)")[1]
+    assert int(pid) == one_worker.workers[0].pid
+    one_worker.kill_worker(one_worker.workers[0])
+    terminal.read_until("python worker.py")
+    successor = one_worker.start_worker().pid
+    terminal.read_until("requests 1, charged once")
+    terminal.read_until(f"charge_payment runs on worker {successor}")
+    terminal.read_until("Explain.")
+    assert terminal.close() == 0
+
+
+def test_exercise_2_shows_that_ctrl_c_and_a_kill_differ(one_worker: Stage) -> None:
+    terminal = begin(one_worker, "2", "pty-2")
+    terminal.read_until("go on: ")
+    terminal.type("")
+    for number, stop in enumerate((signal.SIGINT, signal.SIGKILL)):
+        order_id = f"charge-pty-2-{500 + number}"
+        terminal.read_until(f"{order_id} is placed")
+        until_charged(order_id)
+        worker = one_worker.workers.pop()
+        worker.send_signal(stop)
+        worker.wait(LONG)
+        one_worker.start_worker()
+    for reason in ("shutting down", "fell silent"):
+        terminal.read_until("requests 2, charged once")
+        terminal.read_until(reason)
+    terminal.read_until("Explain.")
+    assert terminal.close() == 0
+
+
+def until_charged(order_id: str) -> None:
+    """Wait until the provider has charged."""
+    end = time.monotonic() + LONG
+    while "charge" not in ledger(order_id):
+        assert time.monotonic() < end, order_id
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def one_worker(stage: Stage) -> Stage:
+    """Leave exactly one worker on the stage."""
+    for process in list(stage.workers):
+        stage.kill_worker(process)
+    stage.start_worker()
+    return stage
+
+
+def test_end_of_input_takes_the_defaults(tmp_path: Path) -> None:
+    """Without a server, a worker or a person: the starter brings the first two."""
+    # The default address of a copy of ours, so that a server of the reader's is left alone.
+    address = f'"localhost:{free_port()}"'
+    copy = changed_copy(tmp_path / "copy", "worker.py", '"localhost:7233"', address)
+    shutil.copy(HERE / "README.md", copy)
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("TEMPORAL_")}
+    environment["CHARGE_STORE"] = str(tmp_path / "charge_store.db")
+    for words in (["starter.py"], ["starter.py", "order", "--review", "timer", "--wait-result"]):
+        done = subprocess.run(
+            [sys.executable, *words],
+            cwd=copy,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=2 * LONG,
+        )
+        assert (done.returncode, done.stderr) == (0, ""), done
+    assert "COMPLETED" in done.stdout

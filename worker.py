@@ -7,6 +7,7 @@ one process serves both, or one serves `orders` and another `shipping`.
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import atexit
 import logging
@@ -122,24 +123,33 @@ async def serve(role: str) -> None:
     await asyncio.gather(*(worker.run() for worker in workers))
 
 
-def main() -> int:
-    """Run a worker."""
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line, and LOG_LEVEL into `level`."""
     parser = store.Parser(description="Run a worker until Ctrl+C. LOG_LEVEL sets how much it says.")
     roles = ["all", "orders", "shipping"]
     parser.add_argument("role", nargs="?", choices=roles, default="all", help="which task queues")
-    role = parser.parse_args().role
-    level = os.environ.get("LOG_LEVEL", "INFO").upper()
-    if level not in logging.getLevelNamesMapping():
-        parser.error(f"LOG_LEVEL {level}: must be DEBUG, INFO, WARNING or ERROR")
+    options: argparse.Namespace = parser.parse_args()
+    options.level = os.environ.get("LOG_LEVEL", "INFO").upper()
+    if options.level not in logging.getLevelNamesMapping():
+        parser.error(f"LOG_LEVEL {options.level}: must be DEBUG, INFO, WARNING or ERROR")
+    return options
+
+
+def main() -> int:
+    """Run a worker."""
+    options = parse_arguments()
     logging.basicConfig(
-        stream=sys.stdout, level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S"
+        stream=sys.stdout,
+        level=options.level,
+        format="%(asctime)s %(message)s",
+        datefmt="%H:%M:%S",
     )
     # Failed attempts have a line of ours; the SDK's would add a traceback to each.
     logging.getLogger("temporalio.activity").setLevel(logging.ERROR)
     with store.connect():
         pass  # a ledger that cannot be written ends the worker here, and not each attempt later
     try:
-        asyncio.run(serve(role))
+        asyncio.run(serve(options.role))
     except KeyboardInterrupt:
         print(f"worker {os.getpid()} stopped")
     except RuntimeError as error:
