@@ -271,7 +271,10 @@ async def follow(
         while getattr(cause, "cause", None):
             cause = cause.cause
         sys.exit(f"{handle.id} FAILED: {store.printable(cause)}")
-    say(f"{handle.id} {result['status'] if isinstance(result, dict) else result or 'COMPLETED'}")
+    end = result["status"] if isinstance(result, dict) else result or "COMPLETED"
+    if end == "COMPLETED" and not screen.plain:
+        screen.show(end, [f"    [x] {done}" for done in TRACKER.values()])
+    say(f"{handle.id} {end}")
     return 0
 
 

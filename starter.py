@@ -79,13 +79,12 @@ class Stage:
 
     async def start_server(self) -> Client:
         """Start the server, or start it again on the same file, and return a client."""
-        beside = str(Path(sys.executable).parent) + os.pathsep + os.environ.get("PATH", "")
         self.server = await WorkflowEnvironment.start_local(
             port=self.port,
             ui=True,
             ui_port=self.port + 1000,
-            # Without a binary on the path, as on Windows, the SDK downloads one.
-            dev_server_existing_path=shutil.which("temporal", path=beside),
+            # Without a binary, as on Windows, the SDK downloads one.
+            dev_server_existing_path=temporal_binary(),
             dev_server_database_filename=str(self.folder / "temporal.db"),
             dev_server_log_level="never",
             # The HTTP API stands 10 ports higher, as 7243 does; no banner among our own lines.
@@ -138,6 +137,12 @@ class Stage:
         for worker in list(self.workers):
             self.kill_worker(worker)
         await self.kill_server()
+
+
+def temporal_binary() -> str | None:
+    """Find the `temporal` command that pip put beside Python, or one on the path."""
+    beside = str(Path(sys.executable).parent) + os.pathsep + os.environ.get("PATH", "")
+    return shutil.which("temporal", path=beside)
 
 
 def free_port() -> int:

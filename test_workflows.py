@@ -29,7 +29,7 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import redirect_stderr, redirect_stdout, suppress
+from contextlib import ExitStack, redirect_stderr, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from functools import partial
@@ -56,12 +56,15 @@ from starter import (
     CRASH_TESTS,
     EXERCISES,
     HERE,
+    SERVER_FLAGS,
     Stage,
     changed_copy,
     free_port,
+    is_listening,
     persist,
     private_stage,
     sections,
+    temporal_binary,
 )
 from worker import DATA_CONVERTER, make_workers
 from workflows import ORDERS_QUEUE, SHIPPING_QUEUE, OrderWorkflow
@@ -1151,6 +1154,7 @@ def test_a_worker_stops_on_ctrl_c_in_good_order(alone: list[Done]) -> None:
 
 # The README: what it names exists, what it tells to type is understood.
 
+TEMPORAL = str(temporal_binary())
 README = (HERE / "README.md").read_text(encoding="utf-8")
 BASH = [
     line.strip()
@@ -1179,10 +1183,7 @@ def test_each_command_in_the_readme_is_understood(line: str) -> None:
 def test_each_flag_of_temporals_own_command_in_the_readme_exists(line: str) -> None:
     words = shlex.split(line)
     verbs = list(itertools.takewhile(lambda word: not word.startswith("-"), words[1:]))
-    beside = str(Path(sys.executable).parent) + os.pathsep + os.environ["PATH"]
-    temporal = shutil.which("temporal", path=beside)
-    assert temporal
-    told = subprocess.run([temporal, *verbs, "--help"], capture_output=True, text=True, timeout=30)
+    told = subprocess.run([TEMPORAL, *verbs, "--help"], capture_output=True, text=True, timeout=30)
     assert told.returncode == 0
     for word in words:
         assert not word.startswith("--") or word.partition("=")[0] in told.stdout, word
@@ -1207,6 +1208,71 @@ def test_each_exercise_has_its_words_and_as_many_parts_to_do_as_the_starter_wait
         assert text.count("\n**Do.**") == len(beats), number
         for label in ("Predict", "Observe", "Explain"):
             assert text.count(f"\n**{label}.**") == 1, (number, label)
+
+
+# The server of docker-compose.yml, with the binary from pip: namespaces, HTTP, the same flags.
+
+
+@pytest.fixture(scope="session")
+def composed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    """Run that server on ports of its own, and a worker in each of two namespaces."""
+    folder, port = tmp_path_factory.mktemp("composed"), free_port()
+    ports = ["--port", port, "--http-port", port + 10, "--ui-port", port + 1000]
+    here = ["--ip", "127.0.0.1", "--db-filename", folder / "temporal.db", "--namespace", "other"]
+    environment = {"TEMPORAL_ADDRESS": f"127.0.0.1:{port}"}
+    with pytest.MonkeyPatch.context() as patch, ExitStack() as stack:
+        patch.setenv("CHARGE_STORE", str(folder / "charge_store.db"))
+        for words, more in (
+            ([TEMPORAL, *composed_arguments(), *ports, *here, "--output", "none"], {}),
+            ([sys.executable, "worker.py"], environment),
+            ([sys.executable, "worker.py"], environment | {"TEMPORAL_NAMESPACE": "other"}),
+        ):
+            until_listening(port, bool(more))
+            process = subprocess.Popen([*map(str, words)], cwd=HERE, env=os.environ | more)
+            stack.callback(process.wait, LONG)
+            stack.callback(process.kill)
+        yield port
+        assert store.audit() == []
+
+
+def composed_arguments() -> list[str]:
+    """Read the server's arguments out of docker-compose.yml."""
+    text = (HERE / "docker-compose.yml").read_text(encoding="utf-8")
+    return re.findall(r"^      - (\S+)", text.split("command:")[1].split("ports:")[0], re.MULTILINE)
+
+
+def until_listening(port: int, wanted: bool) -> None:
+    """Wait until the server accepts connections, if it is wanted."""
+    end = time.monotonic() + LONG
+    while wanted and not asyncio.run(is_listening(f"127.0.0.1:{port}")):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_docker_compose_starts_the_server_with_the_flags_of_the_scripts() -> None:
+    flags = [f"{f}={v}" for f, v in zip(SERVER_FLAGS[::2], SERVER_FLAGS[1::2], strict=True)]
+    assert [word for word in composed_arguments() if word in flags] == flags
+
+
+def test_the_environment_alone_moves_everything_to_another_namespace(composed: int) -> None:
+    there = {"TEMPORAL_ADDRESS": f"127.0.0.1:{composed}", "TEMPORAL_NAMESPACE": "other"}
+    placed = cli("starter.py order elsewhere --review timer --wait-result", **there)
+    assert (placed.returncode, placed.stderr) == (0, "")
+    assert "elsewhere COMPLETED" in placed.stdout
+    assert cli("signals.py status elsewhere", **there).returncode == 0
+    there["TEMPORAL_NAMESPACE"] = "default"
+    assert "unknown order" in cli("signals.py status elsewhere", **there).stderr
+
+
+def test_the_readmes_curl_commands_take_an_order_to_its_end(composed: int) -> None:
+    section = README.split("\n## The same with `curl`\n")[1].split("\n## ")[0]
+    script = "\necho\n".join(re.findall(r"```bash\n(.*?)```", section, re.DOTALL))
+    script = script.replace("localhost:7243", f"127.0.0.1:{composed + 10}")
+    done = subprocess.run(["bash", "-ec", script], capture_output=True, text=True, timeout=LONG)
+    assert done.returncode == 0, done
+    answers = done.stdout.replace(" ", "")
+    for answer in ('"started":true', '"state":"', '"success":["2SideStreet"]', '["COMPLETED"]'):
+        assert answer in answers, answer
 
 
 # The exercises, as a person at a terminal goes through them.
