@@ -16,6 +16,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, TypeVar
 
 from temporalio import activity
@@ -147,24 +148,21 @@ def receive_order(order: Order) -> None:
 def validate_order(order: Order) -> None:
     """Check the order once more: who called us is not our concern, what we accept is."""
     workflow_id = activity.info().workflow_id or ""
-    _attempt(order, "validating", lambda: parse_order(asdict(order), workflow_id))
+    _attempt(order, "validating", partial(parse_order, asdict(order), workflow_id))
 
 
 @activity.defn
 def reserve_inventory(order: Order) -> dict[str, Any]:
     """Put the goods aside."""
-    return _attempt(order, "reserving", lambda: _ask(order, "reservation", order.order_id))
+    return _attempt(order, "reserving", partial(_ask, order, "reservation", order.order_id))
 
 
 @activity.defn
 def charge_payment(order: Order) -> dict[str, Any]:
     """Take the money. The key is the order's payment id: it means the same on every attempt."""
     amount = f"{order.amount_cents / 100:.2f}"
-    return _attempt(
-        order,
-        f"charging {order.customer_id} {amount}",
-        lambda: _charge(order),
-    )
+    doing = f"charging {order.customer_id} {amount}"
+    return _attempt(order, doing, partial(_charge, order))
 
 
 @activity.defn
@@ -176,42 +174,40 @@ def prepare_package(order: Order) -> None:
 @activity.defn
 def dispatch_carrier(order: Order) -> dict[str, Any]:
     """Hand the package to the carrier. This is what cannot be undone."""
-    return _attempt(
-        order,
-        "dispatching",
-        lambda: _ask(order, "dispatch", order.order_id),
-        address=order.address,
-    )
+    ask = partial(_ask, order, "dispatch", order.order_id)
+    return _attempt(order, "dispatching", ask, address=order.address)
 
 
 @activity.defn
 def void_dispatch(order: Order) -> str:
     """Forbid the dispatch, unless it has happened; return which: "voided" or "dispatched"."""
-    return _attempt(order, "voiding the dispatch", lambda: _undo(order, "dispatch", order.order_id))
+    return _attempt(
+        order, "voiding the dispatch", partial(_undo, order, "dispatch", order.order_id)
+    )
 
 
 @activity.defn
 def refund_payment(order: Order) -> str:
     """Give the money back; if none was taken yet, forbid taking it late."""
-    return _attempt(order, "refunding", lambda: _undo(order, "charge", order.payment_id))
+    return _attempt(order, "refunding", partial(_undo, order, "charge", order.payment_id))
 
 
 @activity.defn
 def release_inventory(order: Order) -> str:
     """Put the goods back on the shelf; if none were taken yet, forbid taking them late."""
-    return _attempt(order, "releasing", lambda: _undo(order, "reservation", order.order_id))
+    return _attempt(order, "releasing", partial(_undo, order, "reservation", order.order_id))
 
 
 @activity.defn
 def record_decision(note: Note) -> None:
     """Write down what a person asked for."""
-    _attempt(note.order, f"recording {note.type}", lambda: _write(note))
+    _attempt(note.order, f"recording {note.type}", partial(_write, note))
 
 
 @activity.defn
 def record_outcome(note: Note) -> None:
     """Write down how the order ended."""
-    _attempt(note.order, f"recording {note.payload['state']}", lambda: _write(note))
+    _attempt(note.order, f"recording {note.payload['state']}", partial(_write, note))
 
 
 ORDER_STEPS: list[Callable[..., Any]] = [
@@ -254,13 +250,13 @@ def _attempt(order: Order, doing: str, effect: Callable[[], T], **details: Any) 
     """Make one attempt: note it, play its fault, do the effect, note how it ended."""
     step, attempt = activity.info().activity_type, activity.info().attempt
     fault = order.simulate.get(step, "")
-    # A cancel raises in this thread, between any two lines: the shield makes a call to the ledger
-    # happen whole or not at all.
-    with activity.shield_thread_cancel_exception():
-        event = store.record(order.order_id, step, details, attempt)
-    log.info("%s for %s ... (attempt %d)", doing, order.order_id, attempt)
-    started, ended = time.monotonic(), "ok"
+    started, ended, event = time.monotonic(), "ok", 0
     try:
+        # A cancel raises in this thread, between any two lines: the shield makes a call to the
+        # ledger happen whole or not at all.
+        with activity.shield_thread_cancel_exception():
+            event = store.record(order.order_id, step, details, attempt)
+        log.info("%s for %s ... (attempt %d)", doing, order.order_id, attempt)
         _fail(order, step, fault)
         with activity.shield_thread_cancel_exception():
             if fault == "late" and _once(order, step, fault):

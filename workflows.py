@@ -198,7 +198,7 @@ class OrderWorkflow:
             # A step cut off by the deadline raises its own cancellation, not TimeoutError.
             if not self._deadline or not self._deadline.expired():
                 raise
-            problem = f"not done within {self._order.deadline_seconds} s, while {self._state}"
+            problem = f"not done within {self._order.deadline_seconds:g} s, while {self._state}"
             raise ApplicationError(problem, type="DeadlineExceeded") from error
         finally:
             self._seconds_left -= now() - started
@@ -390,7 +390,7 @@ class ShippingWorkflow:
     async def run(self, *inputs: Any) -> None:
         """Ship one order."""
         info = workflow.info()
-        order = parse_order(only(inputs), info.workflow_id.removeprefix("ship-"))
+        order = parse_order(only(inputs), info.workflow_id.partition("ship-")[2])
         try:
             await perform(step.prepare_package, order, order.max_attempts)
             await perform(step.dispatch_carrier, order, order.max_attempts)
