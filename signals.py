@@ -173,7 +173,9 @@ async def ask(handle: Handle) -> tuple[dict[str, Any], str]:
         # The RPC's limit is for each try of the SDK's; this one is for all of them.
         status = dict(await asyncio.wait_for(query, 2 * RPC_TIMEOUT.total_seconds()))
     except WorkflowQueryFailedError:
-        return {}, "RUNNING"  # a ChargeWorkflow, which has no such query
+        if (await handle.describe()).workflow_type == "ChargeWorkflow":
+            return {}, "RUNNING"  # it has no such query
+        return {}, f"the workflow's code fails; see: {see('history', handle.id)}"
     except (RPCError, TimeoutError) as error:
         if isinstance(error, RPCError) and error.status in SERVER_DOWN:
             raise
@@ -388,6 +390,8 @@ def tell(event: Any, steps: dict[int, str]) -> str:
     found["type"] = a.workflow_type.name if hasattr(a, "workflow_type") else ""
     found["signal"] = getattr(a, "signal_name", "")
     found["child"] = getattr(getattr(a, "workflow_execution", None), "workflow_id", "")
+    if kind == "WORKFLOW_TASK_FAILED" and a.new_run_id:
+        return "reset to here: from now on this is another run"
     return SENTENCES.get(kind, "").format(**found)
 
 

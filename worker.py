@@ -24,6 +24,7 @@ from typing import Any
 from temporalio.client import Client
 from temporalio.converter import DataConverter
 from temporalio.envconfig import ClientConfig
+from temporalio.runtime import LoggingConfig, Runtime, TelemetryConfig, TelemetryFilter
 from temporalio.worker import Worker
 
 import charge_store as store
@@ -64,7 +65,8 @@ async def connect() -> Client:
         return await asyncio.wait_for(Client.connect(**config), 4)
     except (RuntimeError, ValueError, TimeoutError):
         address = store.printable(config["target_host"])
-        sys.exit(f"no Temporal server answers at {address}; start one: temporal server start-dev")
+        start = "temporal server start-dev --db-filename temporal.db"
+        sys.exit(f"no Temporal server answers at {address}; start one: {start}")
 
 
 def command(script: str) -> str:
@@ -144,8 +146,12 @@ def main() -> int:
         format="%(asctime)s %(message)s",
         datefmt="%H:%M:%S",
     )
-    # Failed attempts have a line of ours; the SDK's would add a traceback to each.
+    # Failed attempts have a line of ours, to which the SDK would add a traceback each; what it
+    # says about the workflow's code is kept, but once, and not by its core as well.
+    logging.getLogger("temporalio").setLevel(logging.WARNING)
     logging.getLogger("temporalio.activity").setLevel(logging.ERROR)
+    core = LoggingConfig(filter=TelemetryFilter(core_level="ERROR", other_level="ERROR"))
+    Runtime.set_default(Runtime(telemetry=TelemetryConfig(logging=core)))
     with store.connect():
         pass  # a ledger that cannot be written ends the worker here, and not each attempt later
     try:
