@@ -37,7 +37,8 @@ NOTE_LENGTH = 500
 REFUSALS = ["InvalidOrder", "PaymentDeclined", "PaymentConflict", "OrderGivenUp"]
 # The slowest honest answer takes 5 s; after twice that we stop waiting for it.
 START_TO_CLOSE = timedelta(seconds=10)
-# A killed worker says nothing: a second of silence is how the server learns of its death.
+# A killed worker says nothing: a second of silence is how the server learns of its death. With
+# 0.6 s, 300 orders at full load had 53 attempts taken for dead that were not; with 1 s, 2.
 HEARTBEAT = timedelta(seconds=1)
 # Outages and crashes end soon here, so ask again soon: after 0.1, 0.2, 0.4, 0.8 s, then every 1 s.
 FIRST_RETRY, SLOWEST_RETRY = timedelta(seconds=0.1), timedelta(seconds=1)
