@@ -213,15 +213,14 @@ async def status(client: Client, options: argparse.Namespace) -> int:
 async def list_orders(client: Client, options: argparse.Namespace) -> int:
     """List the newest orders and charges."""
     kinds = "WorkflowType IN ('OrderWorkflow', 'ChargeWorkflow')"
-    rows = [
-        {
-            "order_id": found.id,
-            "workflow": found.workflow_type,
-            "status": found.status.name if found.status else "",
-            "started": f"{found.start_time.astimezone():%Y-%m-%d %H:%M:%S}",
-        }
-        async for found in client.list_workflows(kinds, limit=options.limit)
-    ]
+    rows = []
+    async for found in client.list_workflows(kinds, limit=options.limit):
+        state = found.status.name if found.status else ""
+        if state == "COMPLETED" and found.workflow_type == "OrderWorkflow":
+            # To Temporal a rejected order is complete as well: what it returned says more.
+            state = await client.get_workflow_handle(found.id, run_id=found.run_id).result()
+        started = f"{found.start_time.astimezone():%Y-%m-%d %H:%M:%S}"
+        rows.append({"started": started, "state": state, "order_id": found.id})
     print(store.table(rows) if rows else f"no orders yet; place one: {command('starter.py')} order")
     return 0
 

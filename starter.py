@@ -1232,10 +1232,8 @@ def fault(text: str) -> tuple[str, str]:
     return step, name
 
 
-def parse_arguments() -> argparse.Namespace:
-    """Read the command line."""
-    parser = store.Parser(description="Place orders, and crash things on purpose.")
-    commands = parser.add_subparsers(dest="command", title="commands (without one: the exercises)")
+def add_orders(commands: Any) -> None:
+    """Add the commands that place one order; their options are its fields."""
     names = f"STEP is one of {', '.join(STEPS)}. FAULT is one of {', '.join(FAULTS)}."
     charge = commands.add_parser("charge", help="wait, then charge: lesson one", epilog=names)
     order = commands.add_parser("order", help="place an order", epilog=names)
@@ -1253,20 +1251,24 @@ def parse_arguments() -> argparse.Namespace:
     order.add_argument("--review-seconds", type=float, help="default 30 for a person, 2 for timer")
     order.add_argument("--deadline", dest="deadline_seconds", type=float, help="default 15")
     order.add_argument("--max-attempts", type=int, help="of each step; default 3; 0: no limit")
-    crash = commands.add_parser(
-        "crash", help="the crash tests, unattended, on a server of their own"
-    )
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = store.Parser(description="Place orders, and crash things on purpose.")
+    commands = parser.add_subparsers(dest="command", title="commands (without one: the exercises)")
+    add_orders(commands)
+    crash = commands.add_parser("crash", help="the crash tests, on a server of their own")
     tests = list(dict.fromkeys([test.name for test in CRASH_TESTS] + ["no-temporal"]))
-    crash.add_argument(
-        "names", nargs="*", metavar="NAME", help=f"of {', '.join(tests)}; default all"
-    )
+    crash.add_argument("names", nargs="*", metavar="NAME", help=f"default all: {', '.join(tests)}")
     chaos = commands.add_parser("chaos", help="many orders under many kills")
     chaos.add_argument("--orders", type=store.positive, default=60, help="default 60")
     chaos.add_argument("--kills", type=store.positive, default=10, help="of workers; default 10")
     chaos.add_argument("--seed", type=int, default=1, help="of what is drawn; default 1")
     load = commands.add_parser("load", help="many orders, and what each costs")
     load.add_argument("--orders", type=store.positive, default=200, help="default 200")
-    load.add_argument("--wait", dest="wait_seconds", type=float, help="seconds they sleep first")
+    seconds = ruled("wait_seconds", float)
+    load.add_argument("--wait", dest="wait_seconds", type=seconds, help="seconds they sleep first")
     options: argparse.Namespace = parser.parse_args()
     if unknown := set(getattr(options, "names", [])) - set(tests):
         crash.error(f"no crash test {min(unknown)}; there are {', '.join(tests)}")
