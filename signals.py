@@ -302,20 +302,23 @@ async def picture(
     client: Client, handle: Handle, description: WorkflowExecutionDescription
 ) -> tuple[str, list[str]]:
     """Return an order's headline and its steps: done, now, still to come."""
-    status, state = await ask(handle)
+    _, state = await ask(handle)
     activities = description.raw_description.pending_activities
     attempts = [activity.attempt for activity in activities if activity.attempt > 1]
     headline = state + (f", attempt {attempts[0]}" if attempts else "")
+    if state == "AWAITING_REVIEW":
+        headline += f"; decide: {see('approve', handle.id)}"
     address = client.service_client.config.target_host
     lines = [f"    {web_ui(address)}/namespaces/{client.namespace}/workflows/{handle.id}"]
     if state in TRACKER:
         now = list(TRACKER).index(state)
-        marks = ["x" if at < now else ">" if at == now else " " for at in range(len(TRACKER))]
-        steps = zip(marks, TRACKER.values(), strict=True)
-        lines = [f"    [{mark}] {done}" for mark, done in steps] + lines
-    if state == "AWAITING_REVIEW" and not status["decision"]:
-        left = await seconds_left(handle)
-        lines.insert(5, f"        {left:.0f} s left: {see('approve', handle.id)}")
+        steps = [
+            f"    [{'x' if at < now else ' '}] {done}" for at, done in enumerate(TRACKER.values())
+        ]
+        steps[now] = steps[now].replace("[ ]", "[>]")
+        if state in ("WAITING", "AWAITING_REVIEW"):
+            steps[now] += f": {await seconds_left(handle):.0f} s left"
+        lines = steps + lines
     return headline, lines
 
 

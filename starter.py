@@ -191,9 +191,10 @@ async def temporal() -> AsyncIterator[tuple[Client, Stage | None]]:
         return
     stage = Stage(HERE, int(DEFAULT_ADDRESS.rpartition(":")[2]), quiet=False)
     try:
-        say(f"no server at {DEFAULT_ADDRESS}: starting one, and a worker, for as long as this runs")
+        say(f"no server at {DEFAULT_ADDRESS}: starting one, and a worker, while this runs")
         client = await stage.start_server()
-        say(f"Web UI: {web_ui(DEFAULT_ADDRESS)}  server data: {nearby(HERE / 'temporal.db')}")
+        kept = nearby(HERE / "temporal.db")
+        say(f"Web UI: {web_ui(DEFAULT_ADDRESS)}  unfinished orders stay in {kept}")
         stage.start_worker()
         yield client, stage
     except RuntimeError as error:
@@ -225,9 +226,8 @@ async def run_charge(options: argparse.Namespace) -> int:
 
 async def run_order(options: argparse.Namespace) -> int:
     """Start an OrderWorkflow."""
-    raw = order_fields(options) | {
-        "order_id": made_up_id() if options.order_id is None else options.order_id
-    }
+    order_id = made_up_id() if options.order_id is None else options.order_id
+    raw = order_fields(options) | {"order_id": order_id}
     return await place(OrderWorkflow, raw, options.wait_result)
 
 
@@ -272,7 +272,7 @@ async def place(kind: type[ChargeWorkflow | OrderWorkflow], raw: dict[str, Any],
             return await signals.follow(client, order.order_id, plain=True, each_time=stage.revive)
         if wait:
             return await signals.follow(client, order.order_id)
-        say((await signals.ask(handle))[1])
+        say((await signals.picture(client, handle, await handle.describe()))[0])
         return 0
 
 
