@@ -7,7 +7,6 @@ Every wait is bounded and polls for a condition; no test depends on something be
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import importlib
 import io
 import itertools
@@ -20,10 +19,8 @@ import shlex
 import shutil
 import signal
 import socket
-import struct
 import subprocess
 import sys
-import termios
 import time
 import uuid
 from collections import Counter
@@ -1282,6 +1279,10 @@ class Terminal:
     """A program in a pseudo-terminal: read until it says something, type."""
 
     def __init__(self, words: list[str], **environment: str) -> None:
+        import fcntl  # the other tests run on Windows too, where this one and its terminal is not
+        import struct
+        import termios
+
         self.master, slave = os.openpty()
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 80, 0, 0))
         pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), slave)
