@@ -55,7 +55,7 @@ def store_path() -> Path:
 
 
 _lock = threading.Lock()
-_opened: list[tuple[Path, sqlite3.Connection]] = []  # at most one
+_opened: list[tuple[object, sqlite3.Connection]] = []  # at most one, with its file's identity
 
 
 @contextmanager
@@ -67,11 +67,17 @@ def connect() -> Iterator[sqlite3.Connection]:
     """
     with _lock:
         path = store_path()
-        if _opened and (_opened[0][0] != path or not path.exists()):
+        if _opened and _opened[0][0] != _identity(path):
             _opened.pop()[1].close()  # another store, or somebody deleted this one
         if not _opened:
-            _opened.append((path, _open(path)))
+            connection = _open(path)
+            _opened.append((_identity(path), connection))
         yield _opened[0][1]
+
+
+def _identity(path: Path) -> object:
+    """Tell one file from another that later has its name."""
+    return (path, path.stat().st_ino) if path.exists() else None
 
 
 def _open(path: Path) -> sqlite3.Connection:
@@ -112,11 +118,8 @@ def perform(
             " ON CONFLICT DO UPDATE SET requests = requests + 1 RETURNING *",
             (kind, key, order_id, customer_id, amount_cents, IN_FORCE[kind], time.time()),
         ).fetchall()
-    if (row["order_id"], row["customer_id"], row["amount_cents"]) != (
-        order_id,
-        customer_id,
-        amount_cents,
-    ):
+    owner = (row["order_id"], row["customer_id"], row["amount_cents"])
+    if owner != (order_id, customer_id, amount_cents):
         raise PaymentConflict(f"{kind} key {key} belongs to another order, customer or amount")
     if row["status"] != IN_FORCE[kind]:
         raise OrderGivenUp(f"{kind} {key} is {row['status']}: the order was given up")
