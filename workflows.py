@@ -171,7 +171,14 @@ class OrderWorkflow:
         late = self._deadline is not None and self._deadline.expired()
         if late or self._cancelled or workflow.cancellation_reason() is not None:
             raise asyncio.CancelledError
+        if self._seconds_left < 0:  # the last step ended after the deadline, before its timer fired
+            raise self._too_late()
         self._show(state)
+
+    def _too_late(self) -> ApplicationError:
+        """Build the error of an order that has used up its machine time."""
+        problem = f"not done within {self._order.deadline_seconds:g} s, while {self._state}"
+        return ApplicationError(problem, type="DeadlineExceeded")
 
     def _show(self, state: str) -> None:
         """Set the state and show it, in Temporal's Web UI too."""
@@ -199,8 +206,7 @@ class OrderWorkflow:
             # A step cut off by the deadline raises its own cancellation, not TimeoutError.
             if not self._deadline or not self._deadline.expired():
                 raise
-            problem = f"not done within {self._order.deadline_seconds:g} s, while {self._state}"
-            raise ApplicationError(problem, type="DeadlineExceeded") from error
+            raise self._too_late() from error
         finally:
             self._seconds_left -= now() - started
             self._deadline = None
