@@ -76,6 +76,7 @@ class Stage:
         self.server: WorkflowEnvironment | None = None
         self.client: Client
         self.workers: list[subprocess.Popen[bytes]] = []
+        self.failed = 0
 
     async def start_server(self) -> Client:
         """Start the server, or start it again on the same file, and return a client."""
@@ -123,12 +124,14 @@ class Stage:
         self.workers.remove(worker)
 
     def revive(self) -> None:
-        """Start another worker for each that was killed."""
+        """Start another worker for each that has died."""
         for worker in [w for w in self.workers if w.poll() is not None]:
             self.workers.remove(worker)
-            # Killed ones end with 137 or a signal, here negative; Windows has 1 for everything.
-            if worker.returncode > 0 and worker.returncode != 137 and sys.platform != "win32":
-                sys.exit(f"worker {worker.pid} ended with exit code {worker.returncode}")
+            # One that met no server, as it was just being restarted, ended with 1; so does one that
+            # can never start, which we do not repeat for ever.
+            self.failed += worker.returncode == 1
+            if self.failed > 20:
+                sys.exit(f"workers end with exit code {worker.returncode}: {self.folder}")
             if not self.quiet:
                 say(f"worker {worker.pid} died; starting another")
             self.start_worker()
@@ -770,6 +773,7 @@ class Chaos:
         """Show how it goes, for some seconds."""
         end = time.monotonic() + seconds
         while (left := end - time.monotonic()) > 0:
+            self.stage.revive()
             self.line.show(
                 f"orders {len(self._ended())}/{self.options.orders}"
                 f" · workers killed {self.workers_killed} · server killed {self.server_killed}"
