@@ -392,6 +392,8 @@ def tell(event: Any, steps: dict[int, str]) -> str:
     found["type"] = a.workflow_type.name if hasattr(a, "workflow_type") else ""
     found["signal"] = getattr(a, "signal_name", "")
     found["child"] = getattr(getattr(a, "workflow_execution", None), "workflow_id", "")
+    if kind == "WORKFLOW_TASK_STARTED" and not a.identity:
+        return ""  # a repeated attempt, which the server does not keep
     if kind == "WORKFLOW_TASK_FAILED" and a.new_run_id:
         return "reset to here: from now on this is another run"
     return SENTENCES.get(kind, "").format(**found)
