@@ -6,8 +6,6 @@ ledger an idempotency key. All are plain `def`, run in threads, because they blo
 in an `async def` would freeze the whole worker.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import re

@@ -4,8 +4,6 @@ A signal needs no worker: the server keeps it until one comes. An update and a q
 by a worker, so without one these commands say how to start it.
 """
 
-from __future__ import annotations
-
 import argparse
 import asyncio
 import signal

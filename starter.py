@@ -4,8 +4,6 @@ Without arguments it goes through an exercise of README.md with a person. `charg
 one workflow. `crash`, `chaos` and `load` bring a server and workers of their own.
 """
 
-from __future__ import annotations
-
 import argparse
 import asyncio
 import json

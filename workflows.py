@@ -5,13 +5,12 @@ that had an answer before from the recorded history. So this code must decide th
 no clock, no random numbers, no files, no ledger. All of that is in activities.py.
 """
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from datetime import timedelta
+from math import inf
 from typing import Any
 
 from temporalio import workflow
@@ -127,7 +126,7 @@ class OrderWorkflow:
         self._shipping_attempts = 0
         self._undos: list[Callable[..., Any]] = []
         self._seconds_left = self._order.deadline_seconds
-        self._deadline: asyncio.Timeout | None = None
+        self._due = inf  # when the machine time runs out; never, while it does not count
         self._story: asyncio.Task[Any] | None = None
         self._cancelled = False
         self._ending = False
@@ -166,13 +165,12 @@ class OrderWorkflow:
         """Go on to the next part of the story, unless a cancel or the deadline has come.
 
         Looked at here as well, because one that comes in the same moment as a step's answer is
-        swallowed by the `await`, which returns the answer.
+        swallowed by the `await`, which returns the answer; and a busy server fires timers late.
         """
-        late = self._deadline is not None and self._deadline.expired()
-        if late or self._cancelled or workflow.cancellation_reason() is not None:
-            raise asyncio.CancelledError
-        if self._seconds_left < 0:  # the last step ended after the deadline, before its timer fired
+        if self._seconds_left < 0 or workflow.time() >= self._due:
             raise self._too_late()
+        if self._cancelled or workflow.cancellation_reason() is not None:
+            raise asyncio.CancelledError
         self._show(state)
 
     def _too_late(self) -> ApplicationError:
@@ -197,19 +195,17 @@ class OrderWorkflow:
     @asynccontextmanager
     async def _machine_time(self) -> AsyncIterator[None]:
         """Count these steps against the deadline, which reviews and requested waits do not."""
-        now = asyncio.get_running_loop().time
-        started = now()
+        self._due = workflow.time() + self._seconds_left
         try:
-            async with asyncio.timeout(self._seconds_left) as self._deadline:
+            async with asyncio.timeout_at(self._due) as deadline:
                 yield
         except (FailureError, TimeoutError, asyncio.CancelledError) as error:
             # A step cut off by the deadline raises its own cancellation, not TimeoutError.
-            if not self._deadline or not self._deadline.expired():
+            if not deadline.expired():
                 raise
             raise self._too_late() from error
-        finally:
-            self._seconds_left -= now() - started
-            self._deadline = None
+        self._seconds_left = self._due - workflow.time()
+        self._due = inf
 
     async def _wait(self) -> None:
         """Wait as long as the order asks to. The timer is the server's: it survives our death."""
