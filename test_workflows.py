@@ -754,6 +754,20 @@ def test_a_note_is_written_once_if_asked_so(empty_store: None) -> None:
     assert store.record("o", "approve", {"n": 1}) and store.count("o", "approve") == 3
 
 
+def test_money_and_decisions_are_on_disk_when_answered_and_notes_soon_after(
+    empty_store: None,
+) -> None:
+    ran: list[str] = []
+    with store.connect() as connection:
+        connection.set_trace_callback(ran.append)
+    store.perform(*CHARGE)
+    store.undo(*CHARGE)
+    store.record("o", "approve", {}, once=True)
+    store.finish(store.record("o", "charge_payment", {}, 1), "ok", 1)
+    level = "PRAGMA synchronous = {}".format
+    assert ran[::2] == [level("FULL")] * 3 + [level("NORMAL")] * 2  # each before its one statement
+
+
 ALL = "charge reservation dispatch"
 AUDITED = [  # effects in force, outcomes in turn, and how many lines the audit must give
     ("", "", 0),
