@@ -93,6 +93,8 @@ def _open(path: Path) -> sqlite3.Connection:
     connection.row_factory = sqlite3.Row
     if not connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'events'").fetchone():
         _create(connection)
+    # What a killed process wrote last may not be on disk yet, and asking again may write nothing.
+    connection.execute("PRAGMA wal_checkpoint").fetchone()
     return connection
 
 

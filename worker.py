@@ -23,7 +23,7 @@ from temporalio.client import Client
 from temporalio.converter import DataConverter
 from temporalio.envconfig import ClientConfig
 from temporalio.runtime import LoggingConfig, Runtime, TelemetryConfig, TelemetryFilter
-from temporalio.worker import Worker
+from temporalio.worker import PollerBehaviorSimpleMaximum, Worker
 
 import charge_store as store
 from activities import ORDER_STEPS, SHIPPING_STEPS
@@ -109,7 +109,7 @@ def make_workers(client: Client, role: str = "all", **options: Any) -> list[Work
             activity_executor=ThreadPoolExecutor(THREADS),
             # More than there are threads would wait in line with their timeouts running.
             max_concurrent_activities=THREADS,
-            max_concurrent_workflow_task_polls=POLLS,
+            workflow_task_poller_behavior=PollerBehaviorSimpleMaximum(POLLS),
             sticky_queue_schedule_to_start_timeout=STICKY,
             **{"max_cached_workflows": CACHED} | options,
         )

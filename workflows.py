@@ -167,7 +167,7 @@ class OrderWorkflow:
         Looked at here as well, because one that comes in the same moment as a step's answer is
         swallowed by the `await`, which returns the answer; and a busy server fires timers late.
         """
-        if self._seconds_left < 0 or workflow.time() >= self._due:
+        if self._seconds_left <= 0 or workflow.time() >= self._due:
             raise self._too_late()
         if self._cancelled or workflow.cancellation_reason() is not None:
             raise asyncio.CancelledError
@@ -195,6 +195,7 @@ class OrderWorkflow:
     @asynccontextmanager
     async def _machine_time(self) -> AsyncIterator[None]:
         """Count these steps against the deadline, which reviews and requested waits do not."""
+        # Not this machine's clock, but the time in the history, which is the same in each replay.
         self._due = workflow.time() + self._seconds_left
         try:
             async with asyncio.timeout_at(self._due) as deadline:
@@ -256,6 +257,7 @@ class OrderWorkflow:
                 problem = f"shipping failed {SHIPPING_TRIES} times: {self._last_error}"
                 raise ApplicationError(problem, type="OrderGivenUp")
             await workflow.sleep(0.5 * 2**self._shipping_attempts, summary="Before shipping again")
+            self._enter("SHIPPING")
 
     def _why(self, error: BaseException) -> tuple[str, ApplicationError | None]:
         """Name the state that an error ends the story in, and for FAILED the error to fail with."""
