@@ -47,18 +47,27 @@ class OrderGivenUp(Exception):
     """The effect was undone, or refused in advance, because its order was given up."""
 
 
+BESIDE = str(Path(__file__).with_name("charge_store.db"))
+
+
 def store_path() -> Path:
     """Name the SQLite file: CHARGE_STORE, or charge_store.db beside the scripts."""
-    return Path(os.environ.get("CHARGE_STORE") or Path(__file__).with_name("charge_store.db"))
+    return Path(_store_name())
+
+
+def _store_name() -> str:
+    """Name it as text: making a Path for each statement took a tenth of the charges per second."""
+    return os.environ.get("CHARGE_STORE") or BESIDE
 
 
 _lock = threading.Lock()
-_opened: list[tuple[object, sqlite3.Connection]] = []  # at most one, with its file's identity
+# At most one entry: the file's identity, and a connection to it for each PRAGMA synchronous.
+_opened: list[tuple[object, dict[str, sqlite3.Connection]]] = []
 
 
 @contextmanager
 def connect(synchronous: str = "FULL") -> Iterator[sqlite3.Connection]:
-    """Hold the process's one connection; each statement is a transaction of its own.
+    """Hold a connection that all threads share; each statement is a transaction of its own.
 
     FULL: what was answered is on disk, even if the power fails. NORMAL, for the notes about an
     attempt: safe from kill -9, and on disk with the next FULL; 18 FULL commits in an order instead
@@ -68,29 +77,32 @@ def connect(synchronous: str = "FULL") -> Iterator[sqlite3.Connection]:
     file; one for each thread made some wait over a second, as SQLite's writers do not queue.
     """
     with _lock:
-        path = store_path()
-        if _opened and _opened[0][0] != _identity(path):
-            _opened.pop()[1].close()  # another store, or somebody deleted this one
+        name = _store_name()
+        if _opened and _opened[0][0] != _identity(name):
+            # Another store, or somebody deleted this one. The last to close removes the WAL by its
+            # name, so all are closed before a new file of that name has one.
+            for connection in _opened.pop()[1].values():
+                connection.close()
         if not _opened:
-            connection = _open(path)
-            _opened.append((_identity(path), connection))
-        _opened[0][1].execute(f"PRAGMA synchronous = {synchronous}")
-        yield _opened[0][1]
+            connections = {level: _open(name, level) for level in ("FULL", "NORMAL")}
+            _opened.append((_identity(name), connections))
+        yield _opened[0][1][synchronous]
 
 
-def _identity(path: Path) -> object:
+def _identity(name: str) -> object:
     """Tell one file from another that later has its name."""
     try:
-        return path, path.stat().st_ino
+        return name, os.stat(name).st_ino
     except FileNotFoundError:
         return None
 
 
-def _open(path: Path) -> sqlite3.Connection:
+def _open(name: str, synchronous: str) -> sqlite3.Connection:
     """Open a store, and make its tables if it is new."""
     # Other processes write to the file too: wait for them, up to 30 s.
-    connection = sqlite3.connect(path, timeout=30, isolation_level=None, check_same_thread=False)
+    connection = sqlite3.connect(name, timeout=30, isolation_level=None, check_same_thread=False)
     connection.row_factory = sqlite3.Row
+    connection.execute(f"PRAGMA synchronous = {synchronous}")
     if not connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'events'").fetchone():
         _create(connection)
     # What a killed process wrote last may not be on disk yet, and asking again may write nothing.

@@ -754,21 +754,35 @@ def test_a_note_is_written_once_if_asked_so(empty_store: None) -> None:
     assert store.record("o", "approve", {"n": 1}) and store.count("o", "approve") == 3
 
 
+def test_a_store_that_is_deleted_is_made_anew_and_keeps_all_it_is_given(empty_store: None) -> None:
+    look = (
+        "import charge_store as s; print(len(s.select('SELECT * FROM charges')), s.count('o', 'x'))"
+    )
+    charge, note = partial(store.perform, *CHARGE), partial(store.record, "o", "x", {})
+    for first, second in ((charge, note), (note, charge), (charge, note)):
+        first()
+        second()
+        seen = subprocess.run(
+            [sys.executable, "-c", look], cwd=HERE, capture_output=True, text=True
+        )
+        assert seen.stdout == "1 1\n", seen
+        store.store_path().unlink()
+
+
 def test_money_and_decisions_are_on_disk_when_answered_and_notes_soon_after(
     empty_store: None,
 ) -> None:
-    def level() -> int:
-        return int(connection.execute("PRAGMA synchronous").fetchone()[0])
-
-    with store.connect() as connection:
-        pass
-    full, normal = 2, 1
-    assert store.perform(*CHARGE) and level() == full
-    assert store.record("o", "charge_payment", {}, 1) and level() == normal
-    assert store.undo(*CHARGE) and level() == full
-    store.finish(1, "ok", 1)
-    assert level() == normal
-    assert store.record("o", "approve", {}, once=True) and level() == full
+    ran: dict[str, list[str]] = {"FULL": [], "NORMAL": []}
+    for level, number in (("FULL", 2), ("NORMAL", 1)):
+        with store.connect(level) as connection:
+            assert connection.execute("PRAGMA synchronous").fetchone()[0] == number
+            connection.set_trace_callback(ran[level].append)
+    store.perform(*CHARGE)
+    store.undo(*CHARGE)
+    store.record("o", "approve", {}, once=True)
+    assert (len(ran["FULL"]), len(ran["NORMAL"])) == (3, 0)
+    store.finish(store.record("o", "charge_payment", {}, 1), "ok", 1)
+    assert (len(ran["FULL"]), len(ran["NORMAL"])) == (3, 2)
 
 
 ALL = "charge reservation dispatch"
