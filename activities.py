@@ -27,7 +27,7 @@ log = logging.getLogger("orders")
 
 FAULTS = ("flaky", "down", "hang", "slow", "late", "crash-before", "crash-after", "random")
 SLOW_SECONDS = 5  # long enough to kill the worker by hand in the middle of a charge
-BEAT_SECONDS = 0.1  # how often a waiting activity tells the server that it is alive
+BEAT_SECONDS = 0.1  # how often a waiting activity says that it is alive, and looks for a cancel
 
 
 class PaymentDeclined(Exception):
@@ -297,7 +297,7 @@ def _once(order: Order, step: str, fault: str) -> bool:
     The attempt number would not do: another order's crash may have used up the first attempt.
     """
     with activity.shield_thread_cancel_exception():
-        return store.record(order.order_id, "fault", {step: fault}, once=True) > 0
+        return store.record(order.order_id, "fault", {step: fault}) > 0
 
 
 def _wait(seconds: float) -> None:
@@ -316,4 +316,4 @@ def _crash(doing: str, order: Order) -> None:
 
 def _write(note: Note) -> None:
     """Write the note, once, however often we are asked."""
-    store.record(note.order.order_id, note.type, note.payload, once=True)
+    store.record(note.order.order_id, note.type, note.payload)

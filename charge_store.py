@@ -33,6 +33,7 @@ CREATE TABLE IF NOT EXISTS events (
     id INTEGER PRIMARY KEY, order_id TEXT, type TEXT, attempt INTEGER, payload_json TEXT, ts REAL
 );
 CREATE INDEX IF NOT EXISTS events_by_order ON events (order_id, type);
+CREATE UNIQUE INDEX IF NOT EXISTS notes ON events (order_id, type, payload_json) WHERE attempt = 0;
 """
 # What each kind of effect is called in force and when undone. A package that left stays away.
 IN_FORCE = {"charge": "charged", "reservation": "reserved", "dispatch": "dispatched"}
@@ -40,7 +41,7 @@ UNDONE = {"charge": "refunded", "reservation": "released", "dispatch": "dispatch
 
 
 class PaymentConflict(Exception):
-    """The idempotency key belongs to another order, customer or amount: nothing was done."""
+    """The key belongs to another order, customer or amount: the request is only counted."""
 
 
 class OrderGivenUp(Exception):
@@ -61,8 +62,8 @@ def _store_name() -> str:
 
 
 _lock = threading.Lock()
-# At most one entry: the file's identity, and a connection to it for each PRAGMA synchronous.
-_opened: list[tuple[object, dict[str, sqlite3.Connection]]] = []
+# At most one entry: for a file's identity, a connection to it for each PRAGMA synchronous.
+_opened: dict[object, dict[str, sqlite3.Connection]] = {}
 
 
 @contextmanager
@@ -78,15 +79,26 @@ def connect(synchronous: str = "FULL") -> Iterator[sqlite3.Connection]:
     """
     with _lock:
         name = _store_name()
-        if _opened and _opened[0][0] != _identity(name):
-            # Another store, or somebody deleted this one. The last to close removes the WAL by its
-            # name, so all are closed before a new file of that name has one.
-            for connection in _opened.pop()[1].values():
-                connection.close()
-        if not _opened:
+        if (connections := _opened.get(_identity(name))) is None:
+            _close()  # another store, or somebody deleted this one
             connections = {level: _open(name, level) for level in ("FULL", "NORMAL")}
-            _opened.append((_identity(name), connections))
-        yield _opened[0][1][synchronous]
+            # What a killed process wrote last may not be on disk; asking again may write nothing.
+            connections["FULL"].execute("PRAGMA wal_checkpoint").fetchone()
+            _opened[_identity(name)] = connections
+        yield connections[synchronous]
+
+
+def close() -> None:
+    """Close the file, so that it can be deleted on Windows too; the next call opens it again."""
+    with _lock:
+        _close()
+
+
+def _close() -> None:
+    """Close the connections while holding the lock."""
+    while _opened:
+        for connection in _opened.popitem()[1].values():
+            connection.close()
 
 
 def _identity(name: str) -> object:
@@ -98,15 +110,13 @@ def _identity(name: str) -> object:
 
 
 def _open(name: str, synchronous: str) -> sqlite3.Connection:
-    """Open a store, and make its tables if it is new."""
+    """Open a store, and make what is missing in it."""
     # Other processes write to the file too: wait for them, up to 30 s.
     connection = sqlite3.connect(name, timeout=30, isolation_level=None, check_same_thread=False)
     connection.row_factory = sqlite3.Row
     connection.execute(f"PRAGMA synchronous = {synchronous}")
-    if not connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'events'").fetchone():
+    if not connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'notes'").fetchone():
         _create(connection)
-    # What a killed process wrote last may not be on disk yet, and asking again may write nothing.
-    connection.execute("PRAGMA wal_checkpoint").fetchone()
     return connection
 
 
@@ -161,19 +171,15 @@ def undo(kind: str, key: str, order_id: str, customer_id: str, amount_cents: int
     return str(rows[0]["status"]) if rows else "not ours"
 
 
-def record(
-    order_id: str, type_: str, payload: dict[str, Any], attempt: int = 0, once: bool = False
-) -> int:
-    """Append an event and return its id; with once=True return 0 if the very same stands there."""
-    event = (order_id, type_, attempt, json.dumps(payload))
-    with connect("FULL" if once else "NORMAL") as connection:
-        cursor = connection.execute(
-            "INSERT INTO events (order_id, type, attempt, payload_json, ts) SELECT ?, ?, ?, ?, ?"
-            " WHERE NOT ? OR NOT EXISTS (SELECT 1 FROM events WHERE order_id = ? AND type = ?"
-            " AND attempt = ? AND payload_json = ?)",
-            (*event, time.time(), once, *event),
-        )
-        return int(cursor.lastrowid or 0) if cursor.rowcount else 0
+def record(order_id: str, type_: str, payload: dict[str, Any], attempt: int = 0) -> int:
+    """Append an event and return its id; return 0 if it is no attempt and stands there already."""
+    with connect("NORMAL" if attempt else "FULL") as connection:
+        rows = connection.execute(
+            "INSERT INTO events (order_id, type, attempt, payload_json, ts) VALUES (?, ?, ?, ?, ?)"
+            " ON CONFLICT DO NOTHING RETURNING id",
+            (order_id, type_, attempt, json.dumps(payload), time.time()),
+        ).fetchall()
+    return int(rows[0]["id"]) if rows else 0
 
 
 def finish(event_id: int, ended: str, seconds: float) -> None:
@@ -222,6 +228,9 @@ def audit() -> list[str]:
     return violations
 
 
+# What all scripts print with, and the command line.
+
+
 def printable(text: object) -> str:
     """Escape what could move a cursor, change a colour or hide: outside text meets a terminal."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
@@ -248,13 +257,6 @@ class Parser(argparse.ArgumentParser):
             if any("\ud800" <= character <= "\udfff" for character in text):
                 self.error(f"{text}: not valid text")
         return super().parse_args(args, namespace)
-
-
-def positive(text: str) -> int:
-    """Read a whole number from 1 to 100000."""
-    if not (text.isascii() and text.isdecimal() and 1 <= int(text[:7]) <= 100_000):
-        raise argparse.ArgumentTypeError("must be a whole number from 1 to 100000")
-    return int(text)
 
 
 def events(order_id: str) -> list[dict[str, Any]]:

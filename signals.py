@@ -6,11 +6,13 @@ by a worker, so without one these commands say how to start it.
 
 import argparse
 import asyncio
+import shutil
 import signal
 import sys
 import time
 from collections.abc import Callable, Coroutine
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 from temporalio.api.enums.v1 import EventType, TimeoutType
@@ -27,7 +29,7 @@ from temporalio.client import (
 from temporalio.service import RPCError, RPCStatusCode
 
 import charge_store as store
-from worker import command, connect, web_ui
+from worker import connect, nearby, web_ui
 from workflows import NOTE_LENGTH
 
 Handle = WorkflowHandle[Any, Any]
@@ -62,6 +64,15 @@ def read_line(question: str) -> str:
         return ""
     finally:
         signal.signal(signal.SIGINT, noted)
+
+
+def command(script: str) -> str:
+    """Spell the command that runs one of our scripts from the current directory."""
+    python = Path(sys.executable)
+    on_path = shutil.which("python")
+    if on_path and Path(on_path).parent == python.parent:
+        return f"python {nearby(Path(__file__).with_name(script))}"
+    return f"{nearby(python)} {nearby(Path(__file__).with_name(script))}"
 
 
 def see(verb: str, order_id: str = "") -> str:
@@ -420,6 +431,13 @@ async def history(client: Client, options: argparse.Namespace) -> int:
 # The command line.
 
 
+def positive(text: str) -> int:
+    """Read a whole number from 1 to 100000."""
+    if not (text.isascii() and text.isdecimal() and 1 <= int(text[:7]) <= 100_000):
+        raise argparse.ArgumentTypeError("must be a whole number from 1 to 100000")
+    return int(text)
+
+
 def note(text: str) -> str:
     """Read a note or a reason."""
     if len(text) > NOTE_LENGTH:
@@ -447,7 +465,7 @@ def parse_arguments() -> argparse.Namespace:
     for verb, (_, text) in VERBS.items():
         sub = commands.add_parser(verb, help=text, description=text)
         if verb == "list":
-            sub.add_argument("--limit", type=store.positive, default=20, help="default 20")
+            sub.add_argument("--limit", type=positive, default=20, help="default 20")
             continue
         sub.add_argument("order_id", nargs="?" if verb in ("approve", "reject", "cancel") else None)
         if verb == "update-address":

@@ -748,17 +748,20 @@ def test_what_was_undone_is_refused_for_good_and_a_package_that_left_stays_away(
     assert ledger("o") == {kind: undone}
 
 
-def test_a_note_is_written_once_if_asked_so(empty_store: None) -> None:
-    ids = [store.record("o", "approve", {"n": n}, once=True) for n in (1, 1, 2)]
-    assert ids[0] and not ids[1] and ids[2] and store.count("o", "approve") == 2
-    assert store.record("o", "approve", {"n": 1}) and store.count("o", "approve") == 3
+def test_a_note_is_written_once_and_each_attempt_leaves_a_row(empty_store: None) -> None:
+    noted = [store.record("o", "approve", {"n": n}) for n in (1, 1, 2)]
+    assert [bool(id_) for id_ in noted] == [True, False, True]
+    # Each new child begins at attempt 1 again.
+    tried = {store.record("o", "prepare_package", {}, attempt=1) for _ in range(2)}
+    assert len(tried) == 2 and 0 not in tried
+    assert (store.count("o", "approve"), store.count("o", "prepare_package")) == (2, 2)
 
 
 def test_a_store_that_is_deleted_is_made_anew_and_keeps_all_it_is_given(empty_store: None) -> None:
     look = (
         "import charge_store as s; print(len(s.select('SELECT * FROM charges')), s.count('o', 'x'))"
     )
-    charge, note = partial(store.perform, *CHARGE), partial(store.record, "o", "x", {})
+    charge, note = partial(store.perform, *CHARGE), partial(store.record, "o", "x", {}, 1)
     for first, second in ((charge, note), (note, charge), (charge, note)):
         first()
         second()
@@ -779,7 +782,7 @@ def test_money_and_decisions_are_on_disk_when_answered_and_notes_soon_after(
             connection.set_trace_callback(ran[level].append)
     store.perform(*CHARGE)
     store.undo(*CHARGE)
-    store.record("o", "approve", {}, once=True)
+    store.record("o", "approve", {})
     assert (len(ran["FULL"]), len(ran["NORMAL"])) == (3, 0)
     store.finish(store.record("o", "charge_payment", {}, 1), "ok", 1)
     assert (len(ran["FULL"]), len(ran["NORMAL"])) == (3, 2)
