@@ -743,6 +743,7 @@ class Chaos:
         end = time.monotonic() + 60 + self.options.orders
         while ended_orders() < self.options.orders and time.monotonic() < end:
             await self._show_for(0.2)
+        self._show()
         self.line.end()
         return self._wrong()
 
@@ -770,16 +771,20 @@ class Chaos:
                     raise
 
     async def _show_for(self, seconds: float) -> None:
-        """Show how it goes, for some seconds."""
+        """Revive what died and show how it goes, for some seconds."""
         end = time.monotonic() + seconds
         while (left := end - time.monotonic()) > 0:
             self.stage.revive()
-            self.line.show(
-                f"orders {ended_orders()}/{self.options.orders}"
-                f" · workers killed {self.workers_killed} · server killed {self.server_killed}"
-                f" · charged twice {len(charged_twice())}"
-            )
+            self._show()
             await asyncio.sleep(min(0.5, left))
+
+    def _show(self) -> None:
+        """Show how it goes."""
+        self.line.show(
+            f"orders {ended_orders()}/{self.options.orders}"
+            f" · workers killed {self.workers_killed} · server killed {self.server_killed}"
+            f" · charged twice {len(charged_twice())}"
+        )
 
     def _wrong(self) -> list[str]:
         """List the orders that were lost or ended as they must not, and what the audit finds."""
@@ -1066,6 +1071,7 @@ async def run_load(options: argparse.Namespace) -> int:
         while not loading.done() and time.monotonic() < limit:
             line.show(f"orders {ended_orders()}/{options.orders}")
             await asyncio.wait([loading], timeout=1)
+        line.show(f"orders {ended_orders()}/{options.orders}")
         line.end()
         if not loading.done():
             sys.exit(f"only {ended_orders()} of {options.orders} orders ended in time")

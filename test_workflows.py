@@ -1105,9 +1105,9 @@ def cli(line: str, **environment: str) -> Done:
     pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True}
     pipes |= {"cwd": HERE, "env": os.environ | environment, "errors": "replace"}
     try:
-        return subprocess.run(arguments, timeout=30, **pipes)
+        return subprocess.run(arguments, timeout=LONG, **pipes)
     except subprocess.TimeoutExpired:
-        return Done(arguments, 124, "", "no end after 30 s")
+        return Done(arguments, 124, "", f"no end after {LONG} s")
 
 
 def here(line: str) -> Done:
@@ -1200,6 +1200,22 @@ def test_without_a_worker_a_signal_is_kept_and_a_question_is_given_up(alone: lis
 
 def test_a_worker_stops_on_ctrl_c_in_good_order(alone: list[Done]) -> None:
     check_step((0, "stopped", "worker.py"), alone[-1])
+
+
+def test_load_ends_by_itself_with_what_an_order_costs_and_a_clean_audit() -> None:
+    """Two of them side by side: each sets a stage of its own."""
+    with ThreadPoolExecutor(2) as pool:
+        lines = [f"starter.py load --orders 20{wait}" for wait in ("", " --wait 1")]
+        loaded, slept = pool.map(cli, lines)
+    assert (loaded.returncode, loaded.stderr, slept.returncode, slept.stderr) == (0, "", 0, "")
+    told = [
+        r"20/20\n\d+\.\d orders/s, .* s in all\n",
+        r"median .* s, 99th percentile .* s\n",
+        r"CPU ms per order: worker [1-9]\d*, server [1-9]\d*\n",
+        r"worker memory [1-9]\d* MB at most\naudit clean\n",
+    ]
+    assert re.search("".join(told), loaded.stdout), loaded.stdout
+    assert re.search("".join([told[0], *told[2:]]), slept.stdout), slept.stdout
 
 
 # The README: what it names exists, what it tells to type is understood.
