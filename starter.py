@@ -61,7 +61,8 @@ SERVER_FLAGS = ["--sqlite-pragma", "journal_mode=wal", "--sqlite-pragma", "synch
 # its bug mended go on within a second instead of up to half a minute.
 SERVER_FLAGS += ["--dynamic-config-value", 'history.timerProcessorMaxTimeShift="10ms"']
 SERVER_FLAGS += ["--dynamic-config-value", 'history.workflowTaskRetryMaxInterval="1s"']
-# A failed workflow task shows within this time that its bug is mended (see SERVER_FLAGS).
+# A worker that dies in the middle of a workflow task holds it up this long, by default 10 s; and a
+# failed task shows within this time that its bug is mended (see SERVER_FLAGS).
 TASK_TIMEOUT = timedelta(seconds=1)
 
 
