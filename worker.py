@@ -48,7 +48,7 @@ POLLS = 40
 BEAT = timedelta(seconds=0.4)
 # Orders kept in memory, and as many of their children: 0.15 MB for such a pair. Those that sleep
 # longer are replayed when they wake. It is more than the 200 that `load` has in flight. With 10,000
-# asleep the worker took 161 MB, and 191 MB when all woke at once; with 400 kept, over 226 MB.
+# asleep the worker took 161 MB, and 191 MB when all woke at once; with 400 kept, 226 MB.
 CACHED = 230
 THREADS = 32  # activities at once; most of them wait, for the ledger
 

@@ -229,8 +229,6 @@ class OrderWorkflow:
                     id=f"ship-{order.order_id}",
                     task_queue=SHIPPING_QUEUE,
                     cancellation_type=workflow.ChildWorkflowCancellationType.TRY_CANCEL,
-                    # Else a worker that dies in the middle of a child's task holds it up 10 s.
-                    task_timeout=workflow.info().task_timeout,
                     static_summary=f"Ship to {self._address}",
                 )
                 return
