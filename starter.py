@@ -1100,7 +1100,7 @@ async def load(client: Client, orders: int, wait: float) -> list[float]:
     """Run orders, up to 200 in flight, or all at once if they wait; return the seconds of each."""
     # The server lets only some hundreds wait for results, so those that sleep are counted instead.
     places = asyncio.Semaphore(200)
-    # When 10,000 wake at once, one of them has its turn minutes later.
+    # When 10,000 wake at once, an order may have its next turn only minutes later: not its fault.
     fields = PATIENT | {"wait_seconds": wait, "review_seconds": 0, "deadline_seconds": 86_400}
 
     async def one(number: int) -> float:

@@ -769,7 +769,7 @@ def test_a_store_that_is_deleted_is_made_anew_and_keeps_all_it_is_given(empty_st
         first()
         second()
         seen = subprocess.run(
-            [sys.executable, "-c", look], cwd=HERE, capture_output=True, text=True
+            [sys.executable, "-c", look], cwd=HERE, capture_output=True, text=True, timeout=LONG
         )
         assert seen.stdout == "1 1\n", seen
         store.store_path().unlink()
@@ -919,7 +919,9 @@ async def test_an_address_changes_and_a_refused_update_leaves_no_event(client: C
 
 @bounded
 async def test_once_shipping_has_begun_the_address_stays(client: Client) -> None:
-    handle = await place(client, address="1 Own Road", simulate={"prepare_package": "down"})
+    simulate = {"prepare_package": "down"}
+    handle = await place(client, approved=False, address="1 Own Road", simulate=simulate)
+    await handle.signal("approve", "fine")
     await reach(handle, "prepare_package")
     assert "too late, the order is SHIPPING" in await refusal(handle, "3 Late Street")
     for address in ("3 Late Street", " "):
@@ -927,6 +929,7 @@ async def test_once_shipping_has_begun_the_address_stays(client: Client) -> None
     await handle.signal("cancel")
     outcome = await gather(handle)
     assert (outcome.ended, outcome.effects) == ("CANCELLED", VOIDED)
+    assert outcome.status["note"] == "fine"  # a cancel without a reason leaves it
     assert (outcome.status["address"], await updates(handle)) == ("1 Own Road", 0)
     assert notes(handle.id, "prepare_package")[0][1]["address"] == "1 Own Road"
     blank, late = sorted(
@@ -1107,9 +1110,9 @@ def cli(line: str, **environment: str) -> Done:
     pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True}
     pipes |= {"cwd": HERE, "env": os.environ | environment, "errors": "replace"}
     try:
-        return subprocess.run(arguments, timeout=LONG, **pipes)
+        return subprocess.run(arguments, timeout=30, **pipes)
     except subprocess.TimeoutExpired:
-        return Done(arguments, 124, "", f"no end after {LONG} s")
+        return Done(arguments, 124, "", "no end after 30 s")
 
 
 def here(line: str) -> Done:
@@ -1210,11 +1213,12 @@ def test_load_ends_by_itself_with_what_an_order_costs_and_a_clean_audit() -> Non
         lines = [f"starter.py load --orders 20{wait}" for wait in ("", " --wait 1")]
         loaded, slept = pool.map(cli, lines)
     assert (loaded.returncode, loaded.stderr, slept.returncode, slept.stderr) == (0, "", 0, "")
+    number = "nan" if sys.platform == "win32" else r"[1-9]\d*"  # nobody measures it there
     told = [
         r"20/20\n\d+\.\d orders/s, .* s in all\n",
         r"median .* s, 99th percentile .* s\n",
-        r"CPU ms per order: worker [1-9]\d*, server [1-9]\d*\n",
-        r"worker memory [1-9]\d* MB at most\naudit clean\n",
+        rf"CPU ms per order: worker {number}, server {number}\n",
+        rf"worker memory {number} MB at most\naudit clean\n",
     ]
     assert re.search("".join(told), loaded.stdout), loaded.stdout
     assert re.search("".join([told[0], *told[2:]]), slept.stdout), slept.stdout
