@@ -54,7 +54,6 @@ from starter import (
     EXERCISES,
     HERE,
     SERVER_FLAGS,
-    TASK_TIMEOUT,
     Stage,
     changed_copy,
     free_port,
@@ -269,7 +268,6 @@ async def play(client: Client, scenario: Scenario, stage: Stage | None) -> Outco
             id=order_id,
             task_queue=ORDERS_QUEUE,
             id_conflict_policy=WorkflowIDConflictPolicy.USE_EXISTING,
-            task_timeout=TASK_TIMEOUT,
             start_signal=first[1] if first else None,
             start_signal_args=arguments(first[2]) if first else [],
         )
