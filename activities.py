@@ -14,20 +14,27 @@ import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
-from functools import partial
 from typing import Any, TypeVar
 
 from temporalio import activity
-from temporalio.exceptions import ApplicationError
+from temporalio.exceptions import ApplicationError, CancelledError
 
 import charge_store as store
 
 T = TypeVar("T")
 log = logging.getLogger("orders")
 
-FAULTS = ("flaky", "down", "hang", "slow", "late", "crash-before", "crash-after", "random")
+FAULTS = {
+    "flaky": "the first two attempts fail, the third works: an outage that ends",
+    "down": "every attempt fails: an outage that does not end",
+    "hang": "no answer, once, until the timeout of 10 s or a cancel ends it",
+    "slow": "the effect happens, then the answer takes 5 s",
+    "late": "the request reaches the provider 5 s late, once, even if the order was given up",
+    "crash-before": "the worker process dies, once, before the effect",
+    "crash-after": "the worker process dies, once, after the effect, before Temporal hears of it",
+    "random": "one third fails, one third hangs, one third works; the same order draws the same",
+}
 SLOW_SECONDS = 5  # long enough to kill the worker by hand in the middle of a charge
-BEAT_SECONDS = 0.1  # how often a waiting activity says that it is alive, and looks for a cancel
 
 
 class PaymentDeclined(Exception):
@@ -56,6 +63,9 @@ class Order:
     simulate: dict[str, str] = field(default_factory=dict)  # {step: fault}
 
 
+# The rule of each field: a test of its value, and how to say what it must be.
+
+
 def like(pattern: str) -> Callable[[Any], bool]:
     """Make a test for text that is wholly like the pattern."""
     return lambda value: isinstance(value, str) and bool(re.fullmatch(pattern, value, re.DOTALL))
@@ -71,19 +81,27 @@ def is_seconds(value: Any) -> bool:
     return type(value) in (int, float) and 0 <= value <= 86_400
 
 
+def is_address(value: Any) -> bool:
+    """Tell whether the value is text of 1 to 200 characters that is not blank."""
+    return isinstance(value, str) and 1 <= len(value) <= 200 and not value.isspace()
+
+
 def is_faults(value: Any) -> bool:
     """Tell whether the value names known steps and known faults."""
-    return isinstance(value, dict) and all(s in STEPS and f in FAULTS for s, f in value.items())
+    known = [(step, fault) for step in STEPS for fault in FAULTS]
+    return isinstance(value, dict) and all(pair in known for pair in value.items())
 
 
 ID, ID_RULE = "[A-Za-z0-9._-]{1,100}", "must be 1 to 100 of the characters A-Z a-z 0-9 . _ -"
+# Empty means the default, "pay-" and the order's id, which must be valid for the longest id too.
+PAYMENT_ID = "[A-Za-z0-9._-]{0,104}"
 SECONDS_RULE = "must be 0 to 86400 seconds"
 RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "order_id": (like(f"{ID}|charge-{ID}-[0-9]{{1,9}}"), ID_RULE),
     "customer_id": (like(ID), ID_RULE),
     "amount_cents": (whole(1, 100_000_000), "must be 1 to 100000000 whole cents"),
-    "payment_id": (like(f"|{ID}"), ID_RULE),
-    "address": (like(r"(?=.*\S).{1,200}"), "must be 1 to 200 characters, not blank"),
+    "payment_id": (like(PAYMENT_ID), ID_RULE.replace("100", "104")),
+    "address": (is_address, "must be 1 to 200 characters, not blank"),
     "card_expiry": (like("(0[1-9]|1[0-2])/[0-9]{2}"), "must be a month and a year like 12/30"),
     "wait_seconds": (is_seconds, SECONDS_RULE),
     "review": (like("person|timer"), "must be person or timer"),
@@ -112,11 +130,13 @@ def parse_order(raw: Any, workflow_id: str, charge: bool = False) -> Order:
             f"{ascii(min(unknown, key=str))[:80]}: unknown field, must be of {', '.join(RULES)}"
         )
     order = Order(**raw)
-    for name, (valid, rule) in RULES.items():
-        if not valid(value := getattr(order, name)):
+    for name, (is_valid, rule) in RULES.items():
+        value = getattr(order, name)
+        if not is_valid(value):
             raise invalid(f"{name}: {rule}, not {ascii(value)[:80]}")
-    if order.order_id.startswith("ship-" if charge else ("ship-", "charge-")):
-        raise invalid(f"order_id: must not begin with ship- or charge-, as {order.order_id} does")
+    for taken in ("ship-",) if charge else ("ship-", "charge-"):
+        if order.order_id.startswith(taken):
+            raise invalid(f"order_id: must not begin with {taken}, as {order.order_id} does")
     if order.order_id != workflow_id:
         raise invalid(f"order_id: must be the workflow id {workflow_id!a}, not {order.order_id}")
     window = {"person": 30, "timer": 2}[order.review]
@@ -128,84 +148,196 @@ def parse_order(raw: Any, workflow_id: str, charge: bool = False) -> Order:
 
 
 @dataclass(frozen=True)
-class Note:
-    """Something to write into the audit trail: a human decision, or the outcome."""
+class Notes:
+    """What to write into the audit trail: human decisions, or the outcome."""
 
     order: Order
-    type: str
-    payload: dict[str, Any]
+    notes: list[dict[str, Any]]  # each with its "type"; the rest is its payload
 
 
-@activity.defn
-def receive_order(order: Order) -> None:
-    """Write the order down as it came."""
-    _attempt(order, "receiving", _nothing, **asdict(order))
+# An attempt at an activity, and what may go wrong with it.
+
+# How often a waiting activity says that it is alive, and looks whether it shall stop.
+BEAT_SECONDS = 0.1
 
 
-@activity.defn
+def attempt(order: Order, doing: str, effect: Callable[[], T], **payload: Any) -> T:
+    """Make one attempt: note it with this payload, play its fault, do the effect, note its end."""
+    step, number = activity.info().activity_type, activity.info().attempt
+    fault = order.simulate.get(step, "")
+    started, ended = time.monotonic(), "ok"
+    event = store.begin(order.order_id, step, number, {**payload, "worker": os.getpid()})
+    log.info("%s for %s ... (attempt %d)", doing, order.order_id, number)
+    try:
+        fail_before(order, step, fault)
+        result = effect()
+        if fault == "slow":
+            wait(SLOW_SECONDS)
+    except BaseException as error:
+        ended = f"{type(error).__name__}: {error}"
+        log.info("%s for %s failed (attempt %d): %s", doing, order.order_id, number, error)
+        raise
+    finally:
+        store.finish(event, ended, time.monotonic() - started)
+    if fault == "crash-after" and claim(order, step, fault):
+        crash(doing, order)
+    return result
+
+
+def fail_before(order: Order, step: str, fault: str) -> None:
+    """Play the faults that come before the effect."""
+    if fault == "random":
+        fault = draw(order, step)
+    if fault == "down" or (fault == "flaky" and store.count(order.order_id, step) <= 2):
+        raise Outage(f"simulated outage of {step}")
+    if fault.startswith("hang") and claim(order, step, fault):
+        wait(float("inf"))
+    if fault == "late" and claim(order, step, fault):
+        wait(SLOW_SECONDS, obedient=False)
+    if fault == "crash-before" and claim(order, step, fault):
+        crash(step, order)
+
+
+def draw(order: Order, step: str) -> str:
+    """Draw a fault from what is the same when the order is played again: id, step, attempt."""
+    begun = store.count(order.order_id, step)
+    number = zlib.crc32(f"{order.order_id} {step} {begun}".encode())
+    return ("down", f"hang at attempt {begun}", "")[number % 3]
+
+
+def claim(order: Order, step: str, fault: str) -> bool:
+    """Claim a fault that fires once per order and step; return whether nobody had it before.
+
+    The attempt number would not do: another order's crash may have used up the first attempt.
+    """
+    return store.note(order.order_id, "fault", {step: fault})
+
+
+def wait(seconds: float, obedient: bool = True) -> None:
+    """Pass the time, beating; stop if told to, by a cancel, say, or by the worker's own end."""
+    end = time.monotonic() + seconds
+    while (left := end - time.monotonic()) > 0:
+        activity.heartbeat()
+        if obedient and activity.is_cancelled():
+            raise CancelledError("told to stop")
+        time.sleep(min(BEAT_SECONDS, left))
+
+
+def crash(doing: str, order: Order) -> None:
+    """Die here, at once and without cleaning up, as under kill -9."""
+    log.info("worker %d dies while %s for %s", os.getpid(), doing, order.order_id)
+    os._exit(137)  # 128 + 9: what a shell reports after kill -9
+
+
+def perform(order: Order, kind: str, key: str) -> dict[str, Any]:
+    """Ask the provider for an effect and say when it had been done before."""
+    receipt = store.perform(kind, key, order.order_id, order.customer_id, order.amount_cents)
+    if receipt["requests"] > 1:
+        again = "already %s: same receipt (requests %d) for %s"
+        log.info(again, receipt["status"], receipt["requests"], order.order_id)
+    return receipt
+
+
+def charge(order: Order) -> dict[str, Any]:
+    """Ask for the charge, unless the card has expired: it is good to the end of its month."""
+    month, year = order.card_expiry.split("/")
+    today = datetime.now(UTC)
+    if (2000 + int(year), int(month)) < (today.year, today.month):
+        raise PaymentDeclined(f"card expired {order.card_expiry}")
+    return perform(order, "charge", order.payment_id)
+
+
+def undo(order: Order, kind: str, key: str) -> str:
+    """Ask the provider to undo an effect, or never to do it."""
+    return store.undo(kind, key, order.order_id, order.customer_id, order.amount_cents)
+
+
+# The activities. Their first sentences are what Temporal's Web UI calls them.
+
+# No exception is thrown into a thread: it could hit the logging module while that holds its lock.
+in_thread = activity.defn(no_thread_cancel_exception=True)
+
+
+@in_thread
+def receive_order(order: Order) -> bool:
+    """Write the order down. Return whether it is known, as one that was reset is."""
+    contents = asdict(order)
+    return attempt(order, "receiving", lambda: store.receive(order.order_id, contents), **contents)
+
+
+@in_thread
 def validate_order(order: Order) -> None:
-    """Check the order once more: who called us is not our concern, what we accept is."""
+    """Check the order. Who called is not an activity's concern, what it accepts is: so, again."""
     workflow_id = activity.info().workflow_id or ""
-    _attempt(order, "validating", partial(parse_order, asdict(order), workflow_id))
+    attempt(order, "validating", lambda: parse_order(asdict(order), workflow_id))
 
 
-@activity.defn
+@in_thread
 def reserve_inventory(order: Order) -> dict[str, Any]:
     """Put the goods aside."""
-    return _attempt(order, "reserving", partial(_ask, order, "reservation", order.order_id))
+    return attempt(order, "reserving", lambda: perform(order, "reservation", order.order_id))
 
 
-@activity.defn
+@in_thread
 def charge_payment(order: Order) -> dict[str, Any]:
-    """Take the money. The key is the order's payment id: it means the same on every attempt."""
-    amount = f"{order.amount_cents / 100:.2f}"
-    doing = f"charging {order.customer_id} {amount}"
-    return _attempt(order, doing, partial(_charge, order))
+    """Charge the customer. The key is the payment id: it means the same on every attempt."""
+    doing = f"charging {order.customer_id} {order.amount_cents / 100:.2f}"
+    return attempt(order, doing, lambda: charge(order))
 
 
-@activity.defn
+@in_thread
 def prepare_package(order: Order) -> None:
     """Pack the goods."""
-    _attempt(order, "packing", _nothing, address=order.address)
+    attempt(order, "packing", lambda: None, address=order.address)
 
 
-@activity.defn
+@in_thread
 def dispatch_carrier(order: Order) -> dict[str, Any]:
-    """Hand the package to the carrier. This is what cannot be undone."""
-    ask = partial(_ask, order, "dispatch", order.order_id)
-    return _attempt(order, "dispatching", ask, address=order.address)
-
-
-@activity.defn
-def void_dispatch(order: Order) -> str:
-    """Forbid the dispatch, unless it has happened; return which: "voided" or "dispatched"."""
-    return _attempt(
-        order, "voiding the dispatch", partial(_undo, order, "dispatch", order.order_id)
+    """Hand over to the carrier. This is what cannot be undone."""
+    return attempt(
+        order,
+        "dispatching",
+        lambda: perform(order, "dispatch", order.order_id),
+        address=order.address,
     )
 
 
-@activity.defn
+@in_thread
+def void_dispatch(order: Order) -> str:
+    """Forbid the dispatch. Return "voided", or "dispatched" if it has happened."""
+    return attempt(order, "voiding", lambda: undo(order, "dispatch", order.order_id))
+
+
+@in_thread
 def refund_payment(order: Order) -> str:
-    """Give the money back; if none was taken yet, forbid taking it late."""
-    return _attempt(order, "refunding", partial(_undo, order, "charge", order.payment_id))
+    """Give the money back. If none was taken yet, forbid taking it late."""
+    return attempt(order, "refunding", lambda: undo(order, "charge", order.payment_id))
 
 
-@activity.defn
+@in_thread
 def release_inventory(order: Order) -> str:
-    """Put the goods back on the shelf; if none were taken yet, forbid taking them late."""
-    return _attempt(order, "releasing", partial(_undo, order, "reservation", order.order_id))
+    """Put the goods back. If none were taken yet, forbid taking them late."""
+    return attempt(order, "releasing", lambda: undo(order, "reservation", order.order_id))
 
 
-@activity.defn
-def record_decision(note: Note) -> None:
-    """Write down what a person asked for."""
-    _attempt(note.order, f"recording {note.type}", partial(_write, note))
+@in_thread
+def record_decision(notes: Notes) -> None:
+    """Write down what people asked for."""
+    attempt(notes.order, "recording decisions", lambda: write(notes))
 
 
-@activity.defn
-def record_outcome(note: Note) -> None:
+@in_thread
+def record_outcome(notes: Notes) -> None:
     """Write down how the order ended."""
-    _attempt(note.order, f"recording {note.payload['state']}", partial(_write, note))
+    attempt(notes.order, f"recording {notes.notes[-1]['state']}", lambda: write(notes))
+
+
+def write(notes: Notes) -> None:
+    """Write notes, each once, however often we are asked."""
+    for note in notes.notes:
+        activity.heartbeat()
+        payload = {name: value for name, value in note.items() if name != "type"}
+        store.note(notes.order.order_id, note["type"], payload)
 
 
 ORDER_STEPS: list[Callable[..., Any]] = [
@@ -215,105 +347,3 @@ ORDER_STEPS: list[Callable[..., Any]] = [
 ]
 SHIPPING_STEPS: list[Callable[..., Any]] = [prepare_package, dispatch_carrier]
 STEPS = [step.__name__ for step in ORDER_STEPS + SHIPPING_STEPS]
-
-
-def _nothing() -> None:
-    """Have no effect on the outside world."""
-
-
-def _ask(order: Order, kind: str, key: str) -> dict[str, Any]:
-    """Ask the provider for an effect and say when it had been done before."""
-    receipt = store.perform(kind, key, order.order_id, order.customer_id, order.amount_cents)
-    if receipt["requests"] > 1:
-        again = "already %s: same receipt (requests %d) for %s"
-        log.info(again, receipt["status"], receipt["requests"], order.order_id)
-    return receipt
-
-
-def _charge(order: Order) -> dict[str, Any]:
-    """Ask for the charge, unless the card has expired: it is good to the end of its month."""
-    month, year = order.card_expiry.split("/")
-    today = datetime.now(UTC)
-    if (2000 + int(year), int(month)) < (today.year, today.month):
-        raise PaymentDeclined(f"card expired {order.card_expiry}")
-    return _ask(order, "charge", order.payment_id)
-
-
-def _undo(order: Order, kind: str, key: str) -> str:
-    """Ask the provider to undo an effect, or never to do it."""
-    return store.undo(kind, key, order.order_id, order.customer_id, order.amount_cents)
-
-
-def _attempt(order: Order, doing: str, effect: Callable[[], T], **details: Any) -> T:
-    """Make one attempt: note it, play its fault, do the effect, note how it ended."""
-    step, attempt = activity.info().activity_type, activity.info().attempt
-    fault = order.simulate.get(step, "")
-    started, ended, event = time.monotonic(), "ok", 0
-    try:
-        # A cancel raises in this thread, between any two lines: the shield makes a call to the
-        # ledger happen whole or not at all.
-        with activity.shield_thread_cancel_exception():
-            event = store.record(order.order_id, step, details, attempt)
-        log.info("%s for %s ... (attempt %d)", doing, order.order_id, attempt)
-        _fail(order, step, fault)
-        with activity.shield_thread_cancel_exception():
-            if fault == "late" and _once(order, step, fault):
-                _wait(SLOW_SECONDS)
-            result = effect()
-        if fault == "slow":
-            _wait(SLOW_SECONDS)
-    except BaseException as error:
-        ended = f"{type(error).__name__}: {error}"
-        log.info("%s for %s failed (attempt %d): %s", doing, order.order_id, attempt, error)
-        raise
-    finally:
-        with activity.shield_thread_cancel_exception():
-            store.finish(event, ended, time.monotonic() - started)
-    if fault == "crash-after" and _once(order, step, fault):
-        _crash(doing, order)
-    return result
-
-
-def _fail(order: Order, step: str, fault: str) -> None:
-    """Play the faults that come before the effect."""
-    begun = 0
-    if fault in ("flaky", "random"):
-        with activity.shield_thread_cancel_exception():
-            begun = store.count(order.order_id, step)
-    if fault == "random":  # drawn from what is the same when the test runs again
-        draw = zlib.crc32(f"{order.order_id} {step} {begun}".encode()) % 3
-        fault = ("down", "hang", "")[draw]
-    if fault == "down" or (fault == "flaky" and begun <= 2):
-        raise Outage(f"simulated outage of {step}")
-    if fault == "hang" and _once(order, step, f"hang {begun}" if begun else fault):
-        _wait(float("inf"))
-    if fault == "crash-before" and _once(order, step, fault):
-        _crash(step, order)
-
-
-def _once(order: Order, step: str, fault: str) -> bool:
-    """Tell whether the fault has yet to fire, and note that it now does.
-
-    The attempt number would not do: another order's crash may have used up the first attempt.
-    """
-    with activity.shield_thread_cancel_exception():
-        return store.record(order.order_id, "fault", {step: fault}) > 0
-
-
-def _wait(seconds: float) -> None:
-    """Pass the time, beating: the server sees that we live, and a cancel reaches us."""
-    end = time.monotonic() + seconds
-    while (left := end - time.monotonic()) > 0:
-        activity.heartbeat()
-        time.sleep(min(BEAT_SECONDS, left))
-
-
-def _crash(doing: str, order: Order) -> None:
-    """Die here, at once and without cleaning up, as under kill -9."""
-    log.info("worker %d dies while %s for %s", os.getpid(), doing, order.order_id)
-    os._exit(137)  # 128 + 9: what a shell reports after kill -9
-
-
-def _write(note: Note) -> None:
-    """Write the note, once, however often we are asked."""
-    store.record(note.order.order_id, note.type, note.payload)

@@ -7,18 +7,20 @@ trail: an event for each attempt, fault, human decision and outcome.
 """
 
 import argparse
-import io
 import json
 import os
 import shutil
+import signal
 import sqlite3
 import sys
+import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS effects (
@@ -29,13 +31,14 @@ CREATE INDEX IF NOT EXISTS effects_by_order ON effects (order_id);
 CREATE VIEW IF NOT EXISTS charges AS
     SELECT idempotency_key, order_id, customer_id, amount_cents, status, requests, created_at
     FROM effects WHERE kind = 'charge';
+-- An event is an attempt at an activity, or, with attempt 0, a note, which is stored once.
 CREATE TABLE IF NOT EXISTS events (
     id INTEGER PRIMARY KEY, order_id TEXT, type TEXT, attempt INTEGER, payload_json TEXT, ts REAL
 );
 CREATE INDEX IF NOT EXISTS events_by_order ON events (order_id, type);
 CREATE UNIQUE INDEX IF NOT EXISTS notes ON events (order_id, type, payload_json) WHERE attempt = 0;
 """
-# What each kind of effect is called in force and when undone. A package that left stays away.
+# What each kind of effect is called in force and when undone. A package that left cannot be undone.
 IN_FORCE = {"charge": "charged", "reservation": "reserved", "dispatch": "dispatched"}
 UNDONE = {"charge": "refunded", "reservation": "released", "dispatch": "dispatched"}
 
@@ -45,92 +48,14 @@ class PaymentConflict(Exception):
 
 
 class OrderGivenUp(Exception):
-    """The effect was undone, or refused in advance, because its order was given up."""
+    """The provider refuses: the effect was undone, or forbidden before it came (a tombstone)."""
 
 
-BESIDE = str(Path(__file__).with_name("charge_store.db"))
+class OrderConflict(Exception):
+    """The order id was used before, for an order with other contents."""
 
 
-def store_path() -> Path:
-    """Name the SQLite file: CHARGE_STORE, or charge_store.db beside the scripts."""
-    return Path(_store_name())
-
-
-def _store_name() -> str:
-    """Name it as text: making a Path for each statement took a tenth of the charges per second."""
-    return os.environ.get("CHARGE_STORE") or BESIDE
-
-
-_lock = threading.Lock()
-# At most one entry: for a file's identity, a connection to it for each PRAGMA synchronous.
-_opened: dict[object, dict[str, sqlite3.Connection]] = {}
-
-
-@contextmanager
-def connect(synchronous: str = "FULL") -> Iterator[sqlite3.Connection]:
-    """Hold a connection that all threads share; each statement is a transaction of its own.
-
-    FULL: what was answered is on disk, even if the power fails. NORMAL, for the notes about an
-    attempt: safe from kill -9, and on disk with the next FULL; 18 FULL commits in an order instead
-    of 4 cost 12 % of its CPU.
-
-    A connection for each call took seven times as long, as each close folded the WAL back into the
-    file; one for each thread made some wait over a second, as SQLite's writers do not queue.
-    """
-    with _lock:
-        name = _store_name()
-        if (connections := _opened.get(_identity(name))) is None:
-            _close()  # another store, or somebody deleted this one
-            connections = {level: _open(name, level) for level in ("FULL", "NORMAL")}
-            # What a killed process wrote last may not be on disk; asking again may write nothing.
-            connections["FULL"].execute("PRAGMA wal_checkpoint").fetchone()
-            _opened[_identity(name)] = connections
-        yield connections[synchronous]
-
-
-def close() -> None:
-    """Close the file, so that it can be deleted on Windows too; the next call opens it again."""
-    with _lock:
-        _close()
-
-
-def _close() -> None:
-    """Close the connections while holding the lock."""
-    while _opened:
-        for connection in _opened.popitem()[1].values():
-            connection.close()
-
-
-def _identity(name: str) -> object:
-    """Tell one file from another that later has its name."""
-    try:
-        return name, os.stat(name).st_ino
-    except FileNotFoundError:
-        return None
-
-
-def _open(name: str, synchronous: str) -> sqlite3.Connection:
-    """Open a store, and make what is missing in it."""
-    # Other processes write to the file too: wait for them, up to 30 s.
-    connection = sqlite3.connect(name, timeout=30, isolation_level=None, check_same_thread=False)
-    connection.row_factory = sqlite3.Row
-    connection.execute(f"PRAGMA synchronous = {synchronous}")
-    if not connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'notes'").fetchone():
-        _create(connection)
-    return connection
-
-
-def _create(connection: sqlite3.Connection) -> None:
-    """Make the tables, all or none, however many processes come first at once."""
-    while True:
-        try:
-            connection.execute("PRAGMA journal_mode = WAL")
-            break
-        except sqlite3.OperationalError as error:  # the switch does not wait for its lock
-            if "locked" not in str(error):
-                raise
-            time.sleep(0.01)
-    connection.executescript(f"BEGIN IMMEDIATE; {SCHEMA} COMMIT;")
+# The ledger. Each statement below is a transaction: it happens whole or not at all.
 
 
 def perform(
@@ -141,7 +66,7 @@ def perform(
     Raises PaymentConflict if the key is another's, OrderGivenUp if the effect was undone.
     """
     with connect() as connection:
-        [row] = connection.execute(
+        [row] = connection.execute(  # inserted now or there before: one row either way
             "INSERT INTO effects VALUES (?, ?, ?, ?, ?, ?, 1, ?)"
             " ON CONFLICT DO UPDATE SET requests = requests + 1 RETURNING *",
             (kind, key, order_id, customer_id, amount_cents, IN_FORCE[kind], time.time()),
@@ -155,9 +80,11 @@ def perform(
 
 
 def undo(kind: str, key: str, order_id: str, customer_id: str, amount_cents: int) -> str:
-    """Undo the effect; if it has not happened, leave a voided row that refuses it for good.
+    """Undo the effect; return the status it has now, or "not ours": then nothing was done.
 
-    Returns the status it has now, or "not ours" if the key is another's: then nothing is done.
+    not there yet    a row is left that is `voided`: a tombstone, which refuses the effect for good
+    in force         it is undone: refunded, released
+    otherwise        it stays as it is
     """
     effect = (kind, key, order_id, customer_id, amount_cents)
     with connect() as connection:
@@ -171,9 +98,22 @@ def undo(kind: str, key: str, order_id: str, customer_id: str, amount_cents: int
     return str(rows[0]["status"]) if rows else "not ours"
 
 
-def record(order_id: str, type_: str, payload: dict[str, Any], attempt: int = 0) -> int:
-    """Append an event and return its id; return 0 if it is no attempt and stands there already."""
-    with connect("NORMAL" if attempt else "FULL") as connection:
+# The audit trail.
+
+
+def note(order_id: str, type_: str, payload: dict[str, Any]) -> bool:
+    """Write a note, once however often it comes; return whether it is new."""
+    return _add(order_id, type_, 0, payload, "FULL") > 0
+
+
+def begin(order_id: str, step: str, attempt: int, payload: dict[str, Any]) -> int:
+    """Write down that an attempt begins; return its event's id for finish()."""
+    return _add(order_id, step, attempt, payload, "NORMAL")
+
+
+def _add(order_id: str, type_: str, attempt: int, payload: dict[str, Any], level: str) -> int:
+    """Append an event and return its id, or 0 if it is a note that stands there already."""
+    with connect(level) as connection:
         rows = connection.execute(
             "INSERT INTO events (order_id, type, attempt, payload_json, ts) VALUES (?, ?, ?, ?, ?)"
             " ON CONFLICT DO NOTHING RETURNING id",
@@ -183,7 +123,11 @@ def record(order_id: str, type_: str, payload: dict[str, Any], attempt: int = 0)
 
 
 def finish(event_id: int, ended: str, seconds: float) -> None:
-    """Add to an attempt's event how it ended and after how many seconds."""
+    """Add to an attempt's event how it ended and after how many seconds.
+
+    An attempt whose process died has neither. One that ended ok may be followed by another all the
+    same: the effect happened and the ledger knows it, but Temporal never got the answer.
+    """
     with connect("NORMAL") as connection:
         connection.execute(
             "UPDATE events SET payload_json = json_set(payload_json, '$.ended', ?, '$.seconds', ?)"
@@ -192,9 +136,29 @@ def finish(event_id: int, ended: str, seconds: float) -> None:
         )
 
 
+def receive(order_id: str, contents: dict[str, Any]) -> bool:
+    """Tell whether an order is known: the providers were asked for it before.
+
+    Raises OrderConflict if its id was first used with other contents.
+    """
+    first = select(
+        "SELECT payload_json FROM events WHERE order_id = ? AND type = 'receive_order'"
+        " ORDER BY id LIMIT 1",
+        order_id,
+    )
+    if first and not json.loads(first[0]["payload_json"]).items() >= contents.items():
+        raise OrderConflict(f"order_id: {order_id} was used before, for another order")
+    return bool(effects_of(order_id))
+
+
 def count(order_id: str, type_: str) -> int:
     """Count an order's events of one type."""
     return len(select("SELECT id FROM events WHERE order_id = ? AND type = ?", order_id, type_))
+
+
+def effects_of(order_id: str) -> list[dict[str, Any]]:
+    """Read an order's effects in the order in which they came."""
+    return select("SELECT * FROM effects WHERE order_id = ? ORDER BY created_at", order_id)
 
 
 def select(query: str, *values: Any) -> list[dict[str, Any]]:
@@ -203,32 +167,96 @@ def select(query: str, *values: Any) -> list[dict[str, Any]]:
         return [dict(row) for row in connection.execute(query, values).fetchall()]
 
 
-def audit() -> list[str]:
-    """Return a line for each order whose effects do not fit its last outcome."""
-    orders = select(
-        "SELECT id.order_id, (SELECT payload_json FROM events WHERE order_id = id.order_id"
-        " AND type = 'outcome' ORDER BY events.id DESC LIMIT 1) AS outcome,"
-        " total(kind = 'charge' AND status = 'charged') AS charge,"
-        " total(kind = 'reservation' AND status = 'reserved') AS reservation,"
-        " total(kind = 'dispatch' AND status = 'dispatched') AS dispatch"
-        " FROM (SELECT order_id FROM effects UNION SELECT order_id FROM events) AS id"
-        " LEFT JOIN effects USING (order_id) GROUP BY id.order_id"
-    )
+def audit() -> tuple[int, list[str]]:
+    """Count the orders; return a line for each effect that does not fit its order's last outcome.
+
+    A charge alone has no outcome; like an order that still runs it may have one effect of a kind.
+    """
+    outcomes = {}  # of an order that was reset, the last run's stays
+    for row in select("SELECT * FROM events WHERE type = 'outcome' ORDER BY id"):
+        outcomes[row["order_id"]] = json.loads(row["payload_json"])["state"]
+    in_force: Counter[tuple[str, str]] = Counter()
+    for row in select("SELECT * FROM effects"):
+        in_force[row["order_id"], row["kind"]] += row["status"] == IN_FORCE[row["kind"]]
+    orders = select("SELECT order_id FROM events UNION SELECT order_id FROM effects")
     violations = []
-    for order in orders:
-        state = json.loads(order["outcome"])["state"] if order["outcome"] else "unfinished"
-        allowed = {"COMPLETED": {1}, "unfinished": {0, 1}}.get(state, {0})
+    for order_id in (row["order_id"] for row in orders):
+        state = outcomes.get(order_id, "unfinished")
         for kind, status in IN_FORCE.items():
-            if order[kind] not in allowed:
-                wanted = " or ".join(map(str, sorted(allowed)))
-                violations.append(
-                    f"{printable(order['order_id'])} ({state}): {order[kind]:.0f} {kind} {status}"
-                    f" and in force, should be {wanted}"
-                )
-    return violations
+            found, allowed = in_force[order_id, kind], {"COMPLETED": [1], "unfinished": [0, 1]}
+            if found not in allowed.get(state, [0]):
+                violations.append(f"{order_id} ({state}): {found} x {kind} {status}")
+        if state == "unfinished" and in_force[order_id, "dispatch"] > in_force[order_id, "charge"]:
+            violations.append(f"{order_id} (unfinished): dispatched and not charged")
+    return len(orders), violations
 
 
-# What all scripts print with, and the command line.
+# The file.
+
+# How long to wait for another writer before the attempt fails, for Temporal to repeat it. More than
+# the heartbeat's second (workflows.py) is of no use: the server has given the attempt up by then.
+PATIENCE_SECONDS = 1
+BESIDE = str(Path(__file__).with_name("charge_store.db"))
+_turn = threading.RLock()
+_opened: dict[tuple[str, int], sqlite3.Connection] = {}  # at most one, by file name and inode
+
+
+def store_path() -> Path:
+    """Name the SQLite file: CHARGE_STORE, or charge_store.db beside the scripts."""
+    return Path(os.environ.get("CHARGE_STORE") or BESIDE)
+
+
+@contextmanager
+def connect(synchronous: str = "FULL") -> Iterator[sqlite3.Connection]:
+    """Take a turn at the connection that all threads share.
+
+    FULL: what was answered is on disk, even if the power fails. NORMAL, for what is written about
+    attempts: safe from kill -9, and on disk with the next FULL (12 % less CPU an order).
+    """
+    if not _turn.acquire(timeout=PATIENCE_SECONDS):
+        raise sqlite3.OperationalError("database is locked")
+    try:
+        name = os.environ.get("CHARGE_STORE") or BESIDE
+        file = (name, os.stat(name).st_ino if os.path.exists(name) else 0)
+        if file not in _opened:  # CHARGE_STORE names another one, or somebody deleted this one
+            close()
+            connection = _open(name)
+            file = (name, os.stat(name).st_ino)
+            _opened[file] = connection
+        _opened[file].execute(f"PRAGMA synchronous = {synchronous}")
+        yield _opened[file]
+    finally:
+        _turn.release()
+
+
+def close() -> None:
+    """Close the file, so that it can be deleted on Windows too; the next call opens it again."""
+    with _turn:
+        while _opened:
+            _opened.popitem()[1].close()
+
+
+def _open(name: str) -> sqlite3.Connection:
+    """Open a store and make what is missing in it, however many processes do so at once."""
+    connection = sqlite3.connect(
+        name, timeout=PATIENCE_SECONDS, isolation_level=None, check_same_thread=False
+    )
+    connection.row_factory = sqlite3.Row
+    until = time.monotonic() + PATIENCE_SECONDS
+    while connection.execute("PRAGMA journal_mode").fetchone()[0] != "wal":
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+        except sqlite3.OperationalError:  # SQLite does not wait for the lock of this switch
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.01)
+    connection.executescript(SCHEMA)
+    # What a killed process wrote last may not be on disk, and to repeat an undo may write nothing.
+    connection.execute("PRAGMA wal_checkpoint").fetchone()
+    return connection
+
+
+# What it says.
 
 
 def printable(text: object) -> str:
@@ -236,117 +264,75 @@ def printable(text: object) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Align rows under their column names; on a terminal, cut what does not fit its width."""
-    lines = [list(rows[0])] + [[printable(value) for value in row.values()] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip()[:width] for line in lines)
+def say(text: object, indent: int = 0) -> None:
+    """Print a line, escaped; a terminal gets it broken at words, its further lines indented."""
+    line = printable(text)
+    if sys.stdout and sys.stdout.isatty():
+        wrapper = textwrap.TextWrapper(shutil.get_terminal_size().columns - 1)
+        wrapper.subsequent_indent = " " * indent
+        wrapper.break_long_words = wrapper.break_on_hyphens = False
+        line = wrapper.fill(line)
+    print(line, flush=True)
 
 
-class Parser(argparse.ArgumentParser):
-    """An argument parser that says in one line what is wrong, escaped, and exits 2."""
-
-    def error(self, message: str) -> NoReturn:
-        """Say it and exit."""
-        self.exit(2, f"{self.prog}: {printable(message)} (see: {self.prog} --help)\n")
-
-    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parse, but not what a terminal sent that is no text in its encoding."""
-        for text in sys.argv[1:]:
-            if any("\ud800" <= character <= "\udfff" for character in text):
-                self.error(f"{text}: not valid text")
-        return super().parse_args(args, namespace)
+def proof(effect: dict[str, Any]) -> str:
+    """Tell an effect: what was asked for, how often, and what came of it."""
+    once = " once" if effect["status"] == IN_FORCE[effect["kind"]] else ""
+    amount = f"{effect['amount_cents'] / 100:.2f}"
+    return f"{effect['kind']} {amount}: requests {effect['requests']}, {effect['status']}{once}"
 
 
-def events(order_id: str) -> list[dict[str, Any]]:
-    """Tell an order's events, oldest first; an attempt without an end never gave an answer."""
-    rows = select("SELECT * FROM events WHERE order_id = ? ORDER BY id", order_id)
-    told = []
-    for row in rows:
-        payload = json.loads(row["payload_json"])
-        ended, seconds = payload.pop("ended", "no answer"), payload.pop("seconds", 0)
-        answer = f"{ended} after {seconds:.1f} s" if seconds else ended
-        told.append(
-            {
-                "seconds": f"{row['ts'] - rows[0]['ts']:7.2f}",
-                "event": row["type"],
-                "attempt": row["attempt"] or "",
-                "ended": answer if row["attempt"] else "",  # a note is no attempt
-                "details": ", ".join(f"{name}={value}" for name, value in payload.items()),
-            }
-        )
-    return told
-
-
-def effects(order_id: str | None = None, limit: int = 20) -> list[dict[str, Any]]:
-    """Tell the newest effects, of one order or of all, each with its proof."""
-    rows = select(
-        "SELECT * FROM effects WHERE ?1 IS NULL OR order_id = ?1 ORDER BY created_at DESC LIMIT ?2",
-        order_id,
-        limit,
-    )
-    return [
-        {
-            "effect": row["kind"],
-            "amount": f"{row['amount_cents'] / 100:.2f}",
-            "proof": f"requests {row['requests']}, {row['status']}"
-            + (" once" if row["status"] == IN_FORCE[row["kind"]] else ""),
-            "customer": row["customer_id"],
-            "idempotency key": row["idempotency_key"],
-            "order": row["order_id"],
-        }
-        for row in reversed(rows)
-    ]
-
-
-def run_script(main: Callable[[], int]) -> NoReturn:
-    """Run a script's main; whatever stops it leaves an exit code and no traceback."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace", line_buffering=True)
-    try:
-        try:
-            sys.exit(main())
-        except SystemExit as stop:  # its text may hold what came from outside
-            if not isinstance(stop.code, str):
-                raise
-            sys.exit(printable(stop.code))
-    except KeyboardInterrupt:
-        sys.exit(130)  # what a shell reports after Ctrl+C
-    except BrokenPipeError:  # the reader, `head` say, has seen enough
-        os._exit(0)
-    except sqlite3.Error as error:
-        sys.exit(f"{store_path()}: {error}; name a writable file in CHARGE_STORE")
-    except OSError as error:  # a full disk behind the output, say
-        sys.exit(f"cannot go on: {error}")
-
-
-def parse_arguments() -> argparse.Namespace:
-    """Read the command line."""
-    parser = Parser(description="Show the ledger and the audit trail, or audit them.")
-    parser.add_argument("order_id", nargs="?", help="show this order's effects and events")
-    parser.add_argument("--audit", action="store_true", help="check it; exit 1 if it is off")
-    options: argparse.Namespace = parser.parse_args()
-    return options
+def say_order(order_id: str) -> bool:
+    """Print an order's events, with the seconds since the first, and its effects."""
+    events = select("SELECT * FROM events WHERE order_id = ? ORDER BY id", order_id)
+    for event in events:
+        payload = json.loads(event["payload_json"])
+        told = f"{event['ts'] - events[0]['ts']:8.2f} s  {event['type']}"
+        if event["attempt"]:
+            told += f", attempt {event['attempt']}, worker {payload.pop('worker', '?')}"
+            ended, seconds = payload.pop("ended", "no answer"), payload.pop("seconds", 0)
+            told += f": {ended}" + (f" after {seconds:.1f} s" if seconds >= 0.1 else "")
+        details = ", ".join(f"{name}={value}" for name, value in payload.items())
+        say(told + (f" ({details})" if details else ""), indent=12)
+    effects = effects_of(order_id)
+    for effect in effects:
+        say(f"{proof(effect)} (key {effect['idempotency_key']})", indent=12)
+    return bool(events or effects)
 
 
 def main() -> int:
-    """Print the ledger, one order's trail, or the audit."""
-    options = parse_arguments()
+    """Print the ledger, one order's effects and events, or the audit."""
+    parser = argparse.ArgumentParser(description="Show the ledger and the events, or audit them.")
+    parser.add_argument("order_id", nargs="?", help="show this order's effects and events")
+    parser.add_argument("--audit", action="store_true", help="check it; exit 1 if it is off")
+    options, unknown = parser.parse_known_args()
+    if unknown:
+        parser.exit(2, f"charge_store.py: unknown: {' '.join(map(ascii, unknown))} (see: --help)\n")
+    path = printable(store_path())
     if options.audit:
-        violations = audit()
-        print("\n".join(violations) or f"audit: {store_path().name} is clean")
+        if not store_path().exists():
+            sys.exit(f"{path} is not there: nothing to audit")
+        orders, violations = audit()
+        for line in violations or [f"audit: {orders} orders, clean"]:
+            say(line)
         return 1 if violations else 0
-    ledger = effects(options.order_id)
-    trail = events(options.order_id) if options.order_id is not None else []
-    if options.order_id is not None and not ledger and not trail:
-        sys.exit(f"nothing of '{printable(options.order_id)}' in {store_path()}")
-    print(table(ledger) if ledger else f"{store_path()}: nothing charged, reserved or sent yet")
-    if trail:
-        print("\n" + table(trail))
+    if options.order_id is not None:
+        if not say_order(options.order_id):
+            sys.exit(f"nothing of '{printable(options.order_id)}' in {path}")
+        return 0
+    newest = select("SELECT * FROM effects ORDER BY created_at DESC LIMIT 20")
+    for effect in reversed(newest):
+        say(f"{proof(effect):48}  {effect['order_id']} (key {effect['idempotency_key']})", 4)
+    if not newest:
+        say(f"{path}: nothing charged, reserved or sent yet")
     return 0
 
 
 if __name__ == "__main__":
-    run_script(main)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl+C ends it without a traceback
+    if sys.platform != "win32":
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # and so does `| head`
+    try:
+        sys.exit(main())
+    except sqlite3.Error as error:
+        sys.exit(f"{printable(store_path())}: {error}; name a writable file in CHARGE_STORE")

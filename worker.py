@@ -2,32 +2,45 @@
 
 What an order has been through is in Temporal's history, and what it did is in the ledger, so this
 process may die at any moment and another one goes on. Orders and shipping have a task queue each:
-one process serves both, or one serves `orders` and another `shipping`.
+one process serves both, or one serves `orders` and another `shipping`. Below it stands what the
+other scripts need of processes: to connect to a server, and to start and kill servers and workers.
 """
 
 import argparse
 import asyncio
 import atexit
+import io
 import logging
 import os
+import random
+import shlex
+import shutil
+import socket
+import sqlite3
+import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, NoReturn
 
 from temporalio.api.common.v1 import Payload
 from temporalio.client import Client
 from temporalio.converter import DataConverter, DefaultPayloadConverter
 from temporalio.envconfig import ClientConfig
 from temporalio.runtime import LoggingConfig, Runtime, TelemetryConfig, TelemetryFilter
+from temporalio.service import RPCError, RPCStatusCode
+from temporalio.testing import WorkflowEnvironment
 from temporalio.worker import PollerBehaviorSimpleMaximum, Worker
 
 import charge_store as store
 from activities import ORDER_STEPS, SHIPPING_STEPS
+from charge_store import printable, say
 from workflows import (
     ORDERS_QUEUE,
     SHIPPING_QUEUE,
@@ -36,25 +49,31 @@ from workflows import (
     ShippingWorkflow,
 )
 
+HERE = Path(__file__).parent
 DEFAULT_ADDRESS = "localhost:7233"
-# A workflow task first goes to the worker that has the workflow in memory. If that one was killed,
-# this long passes before any other gets it; the default, 10 s, looks like a hang.
-STICKY = timedelta(seconds=0.3)
-# A task that a busy worker fetches later than that costs a replay of its workflow. With the default
-# of 5 polls, an order among 200 in flight had 1.2 of those; with 40 it has 0.1, for 8 % less CPU.
-POLLS = 40
-# How often a worker passes on that an activity lives, which is taken for dead after 1 s of silence.
-# The default, 0.8 s, leaves a busy machine 0.2 s to be late.
-BEAT = timedelta(seconds=0.4)
-# Orders kept in memory, and as many of their children: 0.15 MB for such a pair. Those that sleep
-# longer are replayed when they wake. It is more than the 200 that `load` has in flight. With 10,000
-# asleep the worker took 161 MB, and 191 MB when all woke at once; with 400 kept, 226 MB.
-CACHED = 230
+# What calls end with while the server is down, dies or starts.
+SERVER_DOWN = (RPCStatusCode.UNAVAILABLE, RPCStatusCode.UNKNOWN)
+
+# The numbers for the worker, each with what Temporal's default would do to a person who watches.
+STICKY = timedelta(seconds=0.3)  # a killed worker's orders are kept for it so long; 10 s: a hang
+BEAT = timedelta(seconds=0.4)  # a sign of life is passed on so often; 0.8 s: nearly taken for dead
+POLLS = 40  # tasks fetched at once; 5: a busy worker fetches late and replays, 8 % more CPU
+CACHED = (
+    230  # orders kept in memory, and as many children, 0.15 MB a pair; 1000: no bound of 200 MB
+)
 THREADS = 32  # activities at once; most of them wait, for the ledger
+# A server's: WAL makes one that keeps its data in a file as fast as one in memory, and it survives
+# kill -9 as well. Then: timers and retries under 1 s take no longer than they say, and a workflow
+# that has had its bug mended goes on within a second instead of up to half a minute.
+SERVER_FLAGS = [
+    *("--sqlite-pragma", "journal_mode=wal", "--sqlite-pragma", "synchronous=normal"),
+    *("--dynamic-config-value", 'history.timerProcessorMaxTimeShift="10ms"'),
+    *("--dynamic-config-value", 'history.workflowTaskRetryMaxInterval="1s"'),
+]
 
 
 class TolerantConverter(DefaultPayloadConverter):
-    """Hands over an input that does not decode as the error that it gave, for the order to refuse.
+    """Hands over an input that does not decode as the error that it gave: parse_order refuses it.
 
     Raised here it would fail not the order but its workflow task, which is retried for ever.
     """
@@ -72,47 +91,13 @@ class TolerantConverter(DefaultPayloadConverter):
 DATA_CONVERTER = DataConverter(payload_converter_class=TolerantConverter)
 
 
-def client_config() -> dict[str, Any]:
-    """Read from the environment or a profile where Temporal is; empty if neither says."""
-    try:
-        return dict(ClientConfig.load_client_connect_config())
-    except (RuntimeError, ValueError, OSError) as error:
-        sys.exit(f"cannot read the Temporal configuration: {store.printable(error)}")
-
-
-async def connect() -> Client:
-    """Connect within 4 s, or exit with a line that says what to do."""
-    # Without this pause the SDK can crash while Python exits (sdk-python issue 300).
-    atexit.register(time.sleep, 0.1)
-    config: dict[str, Any] = {"target_host": DEFAULT_ADDRESS, "data_converter": DATA_CONVERTER}
-    config |= client_config()
-    warnings.filterwarnings("ignore", module="temporalio")  # about addresses; we say it ourselves
-    try:
-        return await asyncio.wait_for(Client.connect(**config), 4)
-    except (RuntimeError, ValueError, TimeoutError):
-        address = store.printable(config["target_host"])
-        start = "temporal server start-dev --db-filename temporal.db"
-        sys.exit(f"no Temporal server answers at {address}; start one: {start}")
-
-
-def nearby(path: Path) -> str:
-    """Shorten a path below the current directory."""
-    here = Path.cwd()
-    return str(path.relative_to(here) if path.is_relative_to(here) else path)
-
-
-def web_ui(address: str) -> str:
-    """Guess the Web UI's URL: the development server has it 1000 ports higher."""
-    host, _, port = address.rpartition(":")
-    return f"http://{host}:{int(port) + 1000}" if port.isdigit() else "unknown"
-
-
 def make_workers(client: Client, role: str = "all", **options: Any) -> list[Worker]:
     """Make the worker of each task queue that the role serves."""
     served: dict[str, tuple[list[Any], list[Any]]] = {
         ORDERS_QUEUE: ([ChargeWorkflow, OrderWorkflow], ORDER_STEPS),
         SHIPPING_QUEUE: ([ShippingWorkflow], SHIPPING_STEPS),
     }
+    options.setdefault("max_cached_workflows", CACHED)
     return [
         Worker(
             client,
@@ -125,7 +110,7 @@ def make_workers(client: Client, role: str = "all", **options: Any) -> list[Work
             max_heartbeat_throttle_interval=BEAT,
             workflow_task_poller_behavior=PollerBehaviorSimpleMaximum(POLLS),
             sticky_queue_schedule_to_start_timeout=STICKY,
-            **{"max_cached_workflows": CACHED} | options,
+            **options,
         )
         for queue, (workflows, activities) in served.items()
         if role in ("all", queue.removesuffix("-tq"))
@@ -136,19 +121,288 @@ async def serve(role: str) -> None:
     """Serve the role's task queues until stopped."""
     client = await connect()
     workers = make_workers(client, role)
-    address, pid = client.service_client.config.target_host, os.getpid()
-    kill = f"taskkill /F /PID {pid}" if sys.platform == "win32" else f"kill -9 {pid}"
-    print(f"worker {pid} serves {' and '.join(w.task_queue for w in workers)} at {address}")
-    print(f"Web UI: {web_ui(address)}  ledger: {nearby(store.store_path())}")
-    print(f"kill it: {kill}  stop it: Ctrl+C")
+    address = client.service_client.config.target_host
+    queues = " and ".join(worker.task_queue for worker in workers)
+    say(f"worker {os.getpid()} serves {queues} at {address}")
+    say(f"Web UI: {web_ui(address)}  ledger: {nearby(store.store_path())}")
+    say(f"kill it: {kill_command(os.getpid())}  stop it: Ctrl+C")
     await asyncio.gather(*(worker.run() for worker in workers))
+
+
+# Connecting.
+
+
+def client_config() -> dict[str, Any]:
+    """Read from the environment or a profile where Temporal is; empty if neither says."""
+    try:
+        return dict(ClientConfig.load_client_connect_config())
+    except (RuntimeError, ValueError, OSError) as error:
+        sys.exit(f"cannot read the Temporal configuration: {printable(error)}")
+
+
+def be_quiet() -> Runtime:
+    """Keep the log lines of the SDK's core from the screen; what is wrong we say ourselves."""
+    warnings.filterwarnings("ignore", module="temporalio")
+    # Without this pause the SDK can crash while Python exits (sdk-python issue 300).
+    atexit.register(time.sleep, 0.1)
+    off = LoggingConfig(filter=TelemetryFilter(core_level="ERROR", other_level="ERROR"))
+    Runtime.set_default(Runtime(telemetry=TelemetryConfig(logging=off)))
+    return Runtime.default()
+
+
+async def connect() -> Client:
+    """Connect within 4 s, or exit with a line that says what to do."""
+    config: dict[str, Any] = {"target_host": DEFAULT_ADDRESS, "data_converter": DATA_CONVERTER}
+    config |= client_config()
+    try:
+        return await asyncio.wait_for(Client.connect(**config), 4)
+    except (RuntimeError, ValueError, TimeoutError):
+        address = printable(config["target_host"])
+        start = f"start one in another terminal: {command('worker.py')} server"
+        sys.exit(f"no Temporal server answers at {address}; {start}")
+
+
+async def is_listening(address: str) -> bool:
+    """Tell whether anything accepts connections there."""
+    host, _, port = address.rpartition(":")
+    try:
+        _, writer = await asyncio.wait_for(asyncio.open_connection(host, int(port)), 2)
+    except (OSError, TimeoutError):
+        return False
+    writer.close()
+    return True
+
+
+async def persist(call: Callable[[], Awaitable[Any]]) -> Any:
+    """Call until the server answers; one that is being restarted does not, for a while."""
+    while True:
+        try:
+            return await call()
+        except RPCError as error:
+            if error.status not in (*SERVER_DOWN, RPCStatusCode.DEADLINE_EXCEEDED):
+                raise
+            await asyncio.sleep(0.2)
+
+
+def web_ui(address: str) -> str:
+    """Guess the Web UI's URL: the development server has it 1000 ports higher."""
+    host, _, port = address.rpartition(":")
+    return f"http://{host}:{int(port) + 1000}" if port.isdigit() else "unknown"
+
+
+# Servers and workers of our own.
+
+
+class Stage:
+    """A Temporal server and workers of our own: start, kill and revive them."""
+
+    def __init__(self, folder: Path, port: int, logs: Path | None = None) -> None:
+        """Keep the server's data in the folder; the workers write to `logs`, or to the screen."""
+        self.folder, self.port, self.logs = folder, port, logs
+        self.address = f"127.0.0.1:{port}"
+        self.server: WorkflowEnvironment | None = None
+        self.client: Client
+        self.workers: list[subprocess.Popen[bytes]] = []
+        self.failed = 0
+
+    async def start_server(self) -> Client:
+        """Start the server, or start it again on the same file, and return a client."""
+        self.server = await WorkflowEnvironment.start_local(
+            port=self.port,
+            ui=True,
+            ui_port=self.port + 1000,
+            # Without a binary, as on Windows, the SDK downloads one.
+            dev_server_existing_path=temporal_binary(),
+            dev_server_database_filename=str(self.folder / "temporal.db"),
+            dev_server_log_level="never",
+            # The HTTP API stands 10 ports higher, as 7243 does; no banner among our own lines.
+            dev_server_extra_args=[
+                *("--http-port", str(self.port + 10), "--output", "none"),
+                *SERVER_FLAGS,
+            ],
+        )
+        self.client = self.server.client
+        return self.client
+
+    async def kill_server(self) -> None:
+        """Kill the server at once: the SDK shuts its servers down with SIGKILL."""
+        if self.server:
+            await self.server.shutdown()
+            self.server = None
+
+    def start_worker(self, role: str = "all", code: Path = HERE) -> subprocess.Popen[bytes]:
+        """Start a worker process, from our scripts or from a changed copy of them."""
+        kept = {name: v for name, v in os.environ.items() if not name.startswith("TEMPORAL_")}
+        with open(self.logs or os.devnull, "ab") as log:
+            worker = subprocess.Popen(
+                [sys.executable, str(code / "worker.py"), role],
+                env=kept | {"TEMPORAL_ADDRESS": self.address},
+                stdin=subprocess.DEVNULL,
+                stdout=log if self.logs else None,
+                stderr=log if self.logs else None,
+                # Ctrl+C in our terminal is for us, who then end our workers.
+                start_new_session=True,
+            )
+        self.workers.append(worker)
+        return worker
+
+    def kill_worker(self, worker: subprocess.Popen[bytes]) -> None:
+        """Kill a worker at once, as kill -9 does."""
+        worker.kill()
+        worker.wait()
+        self.workers.remove(worker)
+
+    def revive(self) -> list[int]:
+        """Start another worker for each that has died; return the pids of those that had."""
+        dead = [worker for worker in self.workers if worker.poll() is not None]
+        for worker in dead:
+            self.workers.remove(worker)
+            # One that met no server, as it was just being restarted, ended with 1; so does one that
+            # can never start, which we do not repeat for ever.
+            self.failed += worker.returncode == 1
+            if self.failed > 20:
+                sys.exit(f"workers end with exit code {worker.returncode}: {self.logs or ''}")
+            self.start_worker()
+        return [worker.pid for worker in dead]
+
+    async def close(self) -> None:
+        """Kill all that still runs."""
+        for worker in list(self.workers):
+            self.kill_worker(worker)
+        await self.kill_server()
+
+
+def temporal_binary() -> str | None:
+    """Find the `temporal` command that pip put beside Python, or one on the path."""
+    beside = str(Path(sys.executable).parent) + os.pathsep + os.environ.get("PATH", "")
+    return shutil.which("temporal", path=beside)
+
+
+def free_port() -> int:
+    """Find a port that is free for a server, and those of its HTTP API and Web UI too."""
+    while True:
+        # Below the ports that systems give to clients: a client that keeps calling a killed server
+        # could otherwise be given that very port, and the server could not come back on it.
+        port = random.randrange(20_000, 30_000)
+        with ExitStack() as probes, suppress(OSError):
+            for offset in (0, 10, 1000):  # server, HTTP API, Web UI
+                probe = probes.enter_context(socket.socket())
+                probe.bind(("127.0.0.1", port + offset))
+            return port
+
+
+@asynccontextmanager
+async def private_stage() -> AsyncIterator[Stage]:
+    """Set a stage in a temporary folder, with a ledger of its own; leave nothing behind."""
+    with TemporaryDirectory(prefix="orders-", ignore_cleanup_errors=True) as folder:
+        stage = Stage(Path(folder), free_port(), Path(folder) / "workers.log")
+        with ledger(stage.folder / "charge_store.db"):
+            try:
+                await stage.start_server()
+                yield stage
+            finally:
+                await stage.close()
+
+
+@contextmanager
+def ledger(path: Path) -> Iterator[None]:
+    """Use another ledger for a while, in this process and in the workers it starts."""
+    before = os.environ.get("CHARGE_STORE", "")
+    os.environ["CHARGE_STORE"] = str(path)
+    try:
+        yield
+    finally:
+        store.close()
+        os.environ["CHARGE_STORE"] = before
+
+
+async def run_server() -> int:
+    """Be the Temporal server, on the default port, with its data in temporal.db."""
+    port = int(DEFAULT_ADDRESS.rpartition(":")[2])
+    if await is_listening(DEFAULT_ADDRESS):
+        sys.exit(f"port {port} is taken: a Temporal server, or another program, runs there already")
+    say(f"server {os.getpid()} at {DEFAULT_ADDRESS}, Web UI: {web_ui(DEFAULT_ADDRESS)}")
+    say(f"data: {nearby(HERE / 'temporal.db')}  kill it: {kill_command(os.getpid())}")
+    if (binary := temporal_binary()) and sys.platform != "win32":
+        data = ["--db-filename", str(HERE / "temporal.db"), "--http-port", str(port + 10)]
+        quiet = ["--log-level", "never", "--output", "none"]
+        # In our place: the pid above is the server's own.
+        os.execv(binary, [binary, "server", "start-dev", *data, *quiet, *SERVER_FLAGS])
+    await Stage(HERE, port).start_server()
+    await asyncio.Event().wait()
+    return 0
+
+
+# What all our scripts begin and end with.
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that says in one line what is wrong, escaped, and exits 2."""
+
+    def error(self, message: str) -> NoReturn:
+        """Say it and exit."""
+        self.exit(2, f"{self.prog}: {printable(message)} (see: {self.prog} --help)\n")
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse, but not what a terminal sent that is no text in its encoding."""
+        for text in sys.argv[1:]:
+            if any("\ud800" <= character <= "\udfff" for character in text):
+                self.error(f"{text}: not valid text")
+        return super().parse_args(args, namespace)
+
+
+def nearby(path: Path) -> str:
+    """Shorten a path below the current directory."""
+    here = Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
+
+
+def command(script: str) -> str:
+    """Spell the command that runs one of our scripts from the current directory."""
+    python, on_path = Path(sys.executable), shutil.which("python")
+    active = on_path and Path(on_path).parent == python.parent
+    return f"{'python' if active else shlex.quote(nearby(python))} {nearby(HERE / script)}"
+
+
+def kill_command(pid: int) -> str:
+    """Spell the command that kills a process at once."""
+    return f"taskkill /F /PID {pid}" if sys.platform == "win32" else f"kill -9 {pid}"
+
+
+def run_script(main: Callable[[], int]) -> None:
+    """Run a script; whatever stops it leaves an exit code and no traceback."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by who started us
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)
+    try:
+        try:
+            be_quiet()
+            sys.exit(main())
+        except SystemExit as stop:  # its text may hold what came from outside
+            if not isinstance(stop.code, str):
+                raise
+            sys.exit(printable(stop.code))
+    except KeyboardInterrupt:
+        sys.exit(130)  # what a shell reports after Ctrl+C
+    except BrokenPipeError:  # the reader, `head` say, has seen enough
+        os._exit(0)
+    except sqlite3.Error as error:
+        sys.exit(f"{store.store_path()}: {error}; name a writable file in CHARGE_STORE")
+    except RPCError as error:
+        sys.exit(f"the Temporal server refuses: {printable(error)}")
+    except OSError as error:  # a full disk behind the output, say
+        sys.exit(f"cannot go on: {error}")
 
 
 def parse_arguments() -> argparse.Namespace:
     """Read the command line, and LOG_LEVEL into `level`."""
-    parser = store.Parser(description="Run a worker until Ctrl+C. LOG_LEVEL sets how much it says.")
-    roles = ["all", "orders", "shipping"]
-    parser.add_argument("role", nargs="?", choices=roles, default="all", help="which task queues")
+    parser = Parser(description="Run a worker until Ctrl+C. LOG_LEVEL sets how much it says.")
+    roles = ["all", "orders", "shipping", "server"]
+    text = "which task queues to serve; or server: be the Temporal server"
+    parser.add_argument("role", nargs="?", choices=roles, default="all", help=text)
     options: argparse.Namespace = parser.parse_args()
     options.level = os.environ.get("LOG_LEVEL", "INFO").upper()
     if options.level not in logging.getLevelNamesMapping():
@@ -157,8 +411,10 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Run a worker."""
+    """Run a worker, or a server."""
     options = parse_arguments()
+    if options.role == "server":
+        return asyncio.run(run_server())
     logging.basicConfig(
         stream=sys.stdout,
         level=options.level,
@@ -166,21 +422,18 @@ def main() -> int:
         datefmt="%H:%M:%S",
     )
     # Failed attempts have a line of ours, to which the SDK would add a traceback each; what it
-    # says about the workflow's code is kept, but once, and not by its core as well.
+    # says about the workflow's code is kept.
     logging.getLogger("temporalio").setLevel(logging.WARNING)
     logging.getLogger("temporalio.activity").setLevel(logging.ERROR)
-    core = LoggingConfig(filter=TelemetryFilter(core_level="ERROR", other_level="ERROR"))
-    Runtime.set_default(Runtime(telemetry=TelemetryConfig(logging=core)))
-    with store.connect():
-        pass  # a ledger that cannot be written ends the worker here, and not each attempt later
+    store.count("", "")  # a ledger that cannot be written ends the worker here, not each attempt
     try:
         asyncio.run(serve(options.role))
     except KeyboardInterrupt:
-        print(f"worker {os.getpid()} stopped")
+        say(f"worker {os.getpid()} stopped")
     except RuntimeError as error:
-        sys.exit(f"worker {os.getpid()} failed: {store.printable(error)}")
+        sys.exit(f"worker {os.getpid()} failed: {printable(error)}")
     return 0
 
 
 if __name__ == "__main__":
-    store.run_script(main)
+    run_script(main)

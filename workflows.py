@@ -1,8 +1,9 @@
 """The order as a story: pure orchestration, which may be stopped anywhere and goes on from there.
 
+A worker runs this code only until it must wait: such a short piece of work is a workflow task.
 After a crash another worker runs the same code from the top, and Temporal answers every `await`
-that had an answer before from the recorded history. So this code must decide the same each time:
-no clock, no random numbers, no files, no ledger. All of that is in activities.py.
+that had an answer before from the recorded history: replay. So this code must decide the same
+each time: no clock, no random numbers, no files, no ledger. All of that is in activities.py.
 """
 
 import asyncio
@@ -14,7 +15,7 @@ from math import inf
 from typing import Any
 
 from temporalio import workflow
-from temporalio.common import RetryPolicy
+from temporalio.common import RetryPolicy, WorkflowIDReusePolicy
 from temporalio.exceptions import (
     ActivityError,
     ApplicationError,
@@ -23,23 +24,27 @@ from temporalio.exceptions import (
     is_cancelled_exception,
 )
 
+# Workflow code runs in a sandbox, which loads modules anew for each run; these need it not.
 with workflow.unsafe.imports_passed_through():
-    import activities as step
-    from activities import RULES, Note, Order, parse_order
+    import activities
+    from activities import RULES, Notes, Order, parse_order
 
 ORDERS_QUEUE, SHIPPING_QUEUE = "orders-tq", "shipping-tq"
 SHIPPING_TRIES = 3
 NOTE_LENGTH = 500
+NOTES_KEPT = 300  # of an order; further messages are only counted, for a history has its limits
 # Answers that asking again will not change.
-REFUSALS = ["InvalidOrder", "PaymentDeclined", "PaymentConflict", "OrderGivenUp"]
-# The slowest honest answer takes 5 s; after twice that we stop waiting for it.
-START_TO_CLOSE = timedelta(seconds=10)
-# A killed worker says nothing: a second of silence is how the server learns of its death. A step
-# that may take longer has to beat meanwhile, as _wait() in activities.py does. With 0.6 s, 300
-# orders at full load had 53 attempts taken for dead that were not; with 1 s, 2.
+REFUSALS = ["InvalidOrder", "OrderConflict", "PaymentDeclined", "PaymentConflict", "OrderGivenUp"]
+
+# What happens when a worker is killed between the charge and its answer: it is silent, and after
+# HEARTBEAT the server gives the attempt up and, FIRST_RETRY later, hands the next to any worker.
+# (A step that takes longer beats, every 0.1 s; the worker passes that on every 0.4 s, BEAT there.
+# With 0.6 s here, 300 orders at full load had 53 attempts taken for dead; with 1 s, 2.)
 HEARTBEAT = timedelta(seconds=1)
 # Outages and crashes end soon here, so ask again soon: after 0.1, 0.2, 0.4, 0.8 s, then every 1 s.
 FIRST_RETRY, SLOWEST_RETRY = timedelta(seconds=0.1), timedelta(seconds=1)
+# The slowest honest answer takes 5 s; after twice that we stop waiting for it.
+START_TO_CLOSE = timedelta(seconds=10)
 
 
 async def run_activity(activity: Callable[..., Any], argument: Any, max_attempts: int) -> Any:
@@ -55,7 +60,7 @@ async def run_activity(activity: Callable[..., Any], argument: Any, max_attempts
             maximum_attempts=max_attempts,
             non_retryable_error_types=REFUSALS,
         ),
-        summary=activity.__doc__,
+        summary=str(activity.__doc__).partition(".")[0],
     )
 
 
@@ -64,24 +69,23 @@ def clip(text: Any) -> str:
     return str(text)[:NOTE_LENGTH].encode("utf-8", "backslashreplace").decode()
 
 
-# Workflows and handlers take any inputs of any type and check them in code: an input that did not
+# Workflows and handlers take inputs of any type and number and check them in code: one that did not
 # fit a signature would fail not the order but its workflow task, which Temporal retries for ever.
-def only(inputs: tuple[Any, ...]) -> Any:
-    """Take the one input; anything else is passed on whole, for parse_order to refuse."""
-    return inputs[0] if len(inputs) == 1 else list(inputs)
 
 
 @workflow.defn
 class ChargeWorkflow:
-    """Lesson one: a durable wait, then a charge."""
+    """Lesson one: a durable wait, then a charge. Cancelled in it, it undoes nothing."""
 
     @workflow.run
-    async def run(self, *inputs: Any) -> dict[str, Any]:
+    async def run(self, raw: Any = None, *_: Any) -> dict[str, Any]:
         """Wait, charge once, and return the provider's receipt."""
-        order = parse_order(only(inputs), workflow.info().workflow_id, charge=True)
+        order = parse_order(raw, workflow.info().workflow_id, charge=True)
         if order.wait_seconds:
             await workflow.sleep(order.wait_seconds, summary="Wait before the charge")
-        receipt: dict[str, Any] = await run_activity(step.charge_payment, order, order.max_attempts)
+        receipt: dict[str, Any] = await run_activity(
+            activities.charge_payment, order, order.max_attempts
+        )
         return receipt
 
 
@@ -94,30 +98,37 @@ class OrderWorkflow:
     """An order: received, validated, reserved, reviewed, charged, shipped; or undone."""
 
     @workflow.init
-    def __init__(self, *inputs: Any) -> None:
+    def __init__(self, raw: Any = None, *_: Any) -> None:
         # A signal can run before run()'s first line, so all state is set here; what is wrong with
         # the input is kept for run() to raise, because raising here would fail the workflow task.
-        self._order, self._invalid = Order(workflow.info().workflow_id), None
+        info = workflow.info()
+        self._invalid: ApplicationError | None = None
+        self._order = Order(info.workflow_id)
         try:
-            self._order = parse_order(only(inputs), workflow.info().workflow_id)
+            self._order = parse_order(raw, info.workflow_id)
         except ApplicationError as error:
             self._invalid = error
-        self._last_error = self._invalid.message if self._invalid else ""
         self._state = "RECEIVING"
+        self._last_error = self._invalid.message if self._invalid else ""
         self._address = self._order.address
         self._decision: str | None = None
-        self._note = ""
+        self._decision_note = ""
         self._shipping_attempts = 0
         self._undos: list[Callable[..., Any]] = []
+        if info.run_id != info.first_execution_run_id:
+            self._register_all()  # after a reset: who knows what the run before has done
         self._seconds_left = self._order.deadline_seconds
-        self._due = inf  # when the machine time runs out; never, while it does not count
+        self._due = inf  # when the deadline is; never, while the time does not count
         self._story: asyncio.Task[Any] | None = None
-        self._cancelled = False
+        self._halted: BaseException | None = None
         self._ending = False
-        self._recorded = 0
+        self._messages = 0
+        self._notes: list[dict[str, Any]] = []  # that are still to be written down
+        self._writer: asyncio.Task[None] | None = None
+        self._closed = False  # the outcome is being written, nothing may follow it
 
     @workflow.run
-    async def run(self, *inputs: Any) -> str:
+    async def run(self, raw: Any = None, *_: Any) -> str:
         """Take the order to its end and return that: COMPLETED, REJECTED, EXPIRED or CANCELLED.
 
         Raises ApplicationError if it FAILED; its type says why.
@@ -127,70 +138,99 @@ class OrderWorkflow:
             raise self._invalid
         self._story = asyncio.current_task()
         try:
-            async with self._machine_time():
-                await self._do(step.receive_order, "RECEIVING")
-                await self._do(step.validate_order, "VALIDATING")
-                await self._do(step.reserve_inventory, "RESERVING", undo=step.release_inventory)
+            async with self._deadline():
+                known = await self._do(activities.receive_order, "RECEIVING")
+                if known:
+                    self._register_all()
+                await self._do(activities.validate_order, "VALIDATING")
+                undo = activities.release_inventory
+                await self._do(activities.reserve_inventory, "RESERVING", undo)
 
             await self._wait()
             await self._review()
 
-            async with self._machine_time():
-                await self._do(step.charge_payment, "CHARGING", undo=step.refund_payment)
-                await self._ship(undo=step.void_dispatch)
+            async with self._deadline():
+                undo = activities.refund_payment
+                await self._do(activities.charge_payment, "CHARGING", undo)
+                await self._ship(undo=activities.void_dispatch)
             state, failure = "COMPLETED", None
         except (Ended, FailureError, asyncio.CancelledError) as error:
-            state, failure = self._why(error)
-        return await self._shielded(self._settle(state, failure))
+            state, failure = self._why(self._halted or error)
+        return await self._despite_cancels(self._settle(state, failure))
 
     # What the story is made of.
 
-    def _enter(self, state: str) -> None:
-        """Go on to the next part of the story, unless a cancel or the deadline has come.
+    async def _do(
+        self, activity: Callable[..., Any], state: str, undo: Callable[..., Any] | None = None
+    ) -> Any:
+        """Do a step. Its undo is registered first: a step that "failed" may have happened."""
+        self._enter(state)
+        if undo:
+            self._register(undo)
+        return await run_activity(activity, self._order, self._order.max_attempts)
 
-        Looked at here as well, because one that comes in the same moment as a step's answer may
-        be swallowed by the `await`, which returns the answer; and a busy server fires timers late.
-        """
-        if self._seconds_left <= 0 or workflow.time() >= self._due:
-            raise self._too_late()
-        if self._cancelled or workflow.cancellation_reason() is not None:
-            raise asyncio.CancelledError
+    def _register(self, undo: Callable[..., Any]) -> None:
+        """Have this undone, unless the order is completed (the saga pattern)."""
+        if undo not in self._undos:
+            self._undos.append(undo)
+
+    def _register_all(self) -> None:
+        """Have all undone: of what has not happened, an undo leaves a tombstone."""
+        self._undos = [
+            *(activities.release_inventory, activities.refund_payment, activities.void_dispatch)
+        ]
+
+    def _enter(self, state: str) -> None:
+        """Go on to the next part of the story, unless it shall end."""
+        self._check()
         self._show(state)
 
-    def _too_late(self) -> ApplicationError:
-        """Build the error of an order that has used up its machine time."""
-        problem = f"not done within {self._order.deadline_seconds:g} s, while {self._state}"
-        return ApplicationError(problem, type="DeadlineExceeded")
+    def _check(self) -> None:
+        """Raise what shall end the story.
+
+        Without this look, a cancel that comes in the same moment as a step's answer would be lost:
+        the `await` returns the answer and drops the cancel. And a busy server fires timers late.
+        """
+        if workflow.time() >= self._due:
+            raise self._too_late()
+        if workflow.cancellation_reason() is not None:  # Temporal's own; by signal: _halted
+            raise asyncio.CancelledError
+        if self._halted:
+            raise self._halted
 
     def _show(self, state: str) -> None:
         """Set the state and show it, in Temporal's Web UI too."""
         self._state = state
         workflow.set_current_details(f"**{state}** {self._last_error}")
 
-    async def _do(
-        self, activity: Callable[..., Any], state: str, undo: Callable[..., Any] | None = None
-    ) -> None:
-        """Do a step. Its undo is registered first: a step that "failed" may have happened."""
-        self._enter(state)
-        if undo:
-            self._undos.append(undo)
-        await run_activity(activity, self._order, self._order.max_attempts)
+    def _halt(self, reason: BaseException) -> None:
+        """Cut the story short, wherever it stands; the first reason counts."""
+        if not self._halted and not self._ending:
+            self._halted = reason
+            if self._story:
+                self._story.cancel()
 
     @asynccontextmanager
-    async def _machine_time(self) -> AsyncIterator[None]:
-        """Count these steps against the deadline, which reviews and requested waits do not."""
+    async def _deadline(self) -> AsyncIterator[None]:
+        """Halt the story when its time is used up, to which reviews and waits do not count."""
         # Not this machine's clock, but the time in the history, which is the same in each replay.
         self._due = workflow.time() + self._seconds_left
+        alarm = asyncio.create_task(self._alarm(self._seconds_left))
         try:
-            async with asyncio.timeout_at(self._due) as deadline:
-                yield
-        except (FailureError, TimeoutError, asyncio.CancelledError) as error:
-            # A step cut off by the deadline raises its own cancellation, not TimeoutError.
-            if not deadline.expired():
-                raise
-            raise self._too_late() from error
-        self._seconds_left = self._due - workflow.time()
-        self._due = inf
+            yield
+        finally:
+            alarm.cancel()
+            self._seconds_left, self._due = self._due - workflow.time(), inf
+
+    async def _alarm(self, seconds: float) -> None:
+        """Halt the story after these seconds."""
+        await workflow.sleep(seconds, summary="Deadline")
+        self._halt(self._too_late())
+
+    def _too_late(self) -> ApplicationError:
+        """Build the error of an order that has missed its deadline."""
+        problem = f"not done within {self._order.deadline_seconds:g} s, while {self._state}"
+        return ApplicationError(problem, type="DeadlineExceeded")
 
     async def _wait(self) -> None:
         """Wait as long as the order asks to. The timer is the server's: it survives our death."""
@@ -201,12 +241,14 @@ class OrderWorkflow:
     async def _review(self) -> None:
         """Wait for a person's decision, or for the timer, which approves."""
         self._enter("AWAITING_REVIEW")
+        decided = workflow.wait_condition(
+            lambda: self._decision is not None,
+            timeout=self._order.review_seconds,
+            timeout_summary=f"Review by {self._order.review}",
+        )
         with suppress(TimeoutError):
-            await workflow.wait_condition(
-                lambda: self._decision is not None,
-                timeout=self._order.review_seconds,
-                timeout_summary=f"Review by {self._order.review}",
-            )
+            # In a task of its own: in this one the SDK would give the summary to later timers too.
+            await asyncio.create_task(decided)
         # Looked at once more: a decision may have come in the instant in which the window closed.
         if self._decision is None and self._order.review == "person":
             raise Ended("EXPIRED")
@@ -215,20 +257,25 @@ class OrderWorkflow:
             raise Ended("REJECTED")
 
     async def _ship(self, undo: Callable[..., Any]) -> None:
-        """Ship through a child workflow on its own task queue; three tries in all."""
+        """Ship through a child workflow on its own task queue; three tries in all.
+
+        A child, because another team's workers ship, which may be down while these take orders.
+        """
         self._enter("SHIPPING")
-        self._undos.append(undo)
+        self._register(undo)
         order = replace(self._order, address=self._address)
         while True:
             self._shipping_attempts += 1
             try:
-                # TRY_CANCEL: a shipping worker that is down holds up no cancel and no deadline.
                 await workflow.execute_child_workflow(
                     ShippingWorkflow.run,
                     order,
                     id=f"ship-{order.order_id}",
                     task_queue=SHIPPING_QUEUE,
+                    # A shipping worker that is down holds up no cancel and no deadline.
                     cancellation_type=workflow.ChildWorkflowCancellationType.TRY_CANCEL,
+                    # After a reset the child of the run before may still be there.
+                    id_reuse_policy=WorkflowIDReusePolicy.TERMINATE_IF_RUNNING,
                     static_summary=f"Ship to {self._address}",
                 )
                 return
@@ -236,12 +283,14 @@ class OrderWorkflow:
                 if is_cancelled_exception(error):
                     raise
                 self._last_error = str(error.cause)
-            self._enter("SHIPPING")
+            self._check()
             if self._shipping_attempts == SHIPPING_TRIES:
                 problem = f"shipping failed {SHIPPING_TRIES} times: {self._last_error}"
                 raise ApplicationError(problem, type="OrderGivenUp")
             await workflow.sleep(0.5 * 2**self._shipping_attempts, summary="Before shipping again")
             self._enter("SHIPPING")
+
+    # How it ends.
 
     def _why(self, error: BaseException) -> tuple[str, ApplicationError | None]:
         """Name the state that an error ends the story in, and for FAILED the error to fail with."""
@@ -249,6 +298,7 @@ class OrderWorkflow:
             return str(error), None
         if is_cancelled_exception(error):
             return "CANCELLED", None
+        # An ActivityError says that an activity failed; what the activity raised is its cause.
         cause = error.cause if isinstance(error, ActivityError) else error
         if isinstance(cause, ApplicationError) and cause.type in (*REFUSALS, "DeadlineExceeded"):
             return "FAILED", ApplicationError(cause.message, type=cause.type)
@@ -256,31 +306,46 @@ class OrderWorkflow:
         return "FAILED", ApplicationError(problem, type="OrderGivenUp")
 
     async def _settle(self, state: str, failure: ApplicationError | None) -> str:
-        """Undo what was begun, last first, until done, whatever the limits; write the outcome."""
+        """Undo what was begun, unless all is done, and write down how it ended, last of all."""
         self._ending = True
+        if failure and failure.type == "OrderConflict":
+            self._show("FAILED")
+            raise failure  # its id is another order's, whose trail and effects stay as they are
         if state != "COMPLETED":
             self._last_error = failure.message if failure else self._last_error
             self._show("COMPENSATING")
-            for undo in reversed(self._undos):
-                if await run_activity(undo, self._order, max_attempts=0) == "dispatched":
-                    # The package has left: there is nothing to undo, the order is complete.
-                    state, failure, self._last_error = "COMPLETED", None, ""
-                    break
-        # What people asked for is written down first, so that the outcome comes last ...
-        await workflow.wait_condition(workflow.all_handlers_finished)
-        outcome = {"state": state}
+            if not await self._compensate():
+                state, failure, self._last_error = "COMPLETED", None, ""
+        while self._writer and not self._writer.done():
+            await self._writer
+        self._closed = True
+        outcome: dict[str, Any] = {"type": "outcome", "state": state, "run": workflow.info().run_id}
         if failure:
             outcome["reason"] = f"{failure.type}: {failure.message}"
-        note = Note(self._order, "outcome", outcome)
-        await run_activity(step.record_outcome, note, max_attempts=0)
+        notes = [outcome]
+        if self._messages > NOTES_KEPT:
+            notes = [{"type": "messages", "not_kept": self._messages - NOTES_KEPT}, outcome]
+        await run_activity(activities.record_outcome, Notes(self._order, notes), max_attempts=0)
         self._show(state)
-        # ... and whoever came meanwhile still gets an answer.
-        await workflow.wait_condition(workflow.all_handlers_finished)
         if failure:
             raise failure
         return state
 
-    async def _shielded(self, ending: Coroutine[Any, Any, str]) -> str:
+    async def _compensate(self) -> bool:
+        """Undo what was begun, last first, until done, whatever the limits.
+
+        Returns False if the package has left: then nothing is undone, and the order is complete.
+        """
+        undos = list(reversed(self._undos))
+        if activities.void_dispatch in undos:
+            undos.remove(activities.void_dispatch)
+            if await run_activity(activities.void_dispatch, self._order, 0) == "dispatched":
+                return False
+        for undo in undos:
+            await run_activity(undo, self._order, 0)
+        return True
+
+    async def _despite_cancels(self, ending: Coroutine[Any, Any, str]) -> str:
         """Let the ending finish: further cancellations, from the UI say, must not tear it."""
         task = asyncio.create_task(ending)
         while not task.done():
@@ -289,47 +354,46 @@ class OrderWorkflow:
         return task.result()
 
     # Signals, an update and a query. No signal handler may raise: it would fail the order, or its
-    # workflow task for ever. Each defaults its parameters and swallows surplus ones.
+    # workflow task for ever. Messages may be thousands, so handlers only note what came.
 
     @workflow.signal
-    async def approve(self, note: Any = "", *_: Any) -> None:
+    def approve(self, note: Any = "", *_: Any) -> None:
         """Say yes."""
-        await self._decide("approve", "approved", note)
+        self._decide("approve", "approved", note)
 
     @workflow.signal
-    async def reject(self, note: Any = "", *_: Any) -> None:
+    def reject(self, note: Any = "", *_: Any) -> None:
         """Say no."""
-        await self._decide("reject", "rejected", note)
+        self._decide("reject", "rejected", note)
 
     @workflow.signal
-    async def cancel(self, reason: Any = "", *_: Any) -> None:
-        """Cancel the order, which is the same as cancelling the workflow, with a reason."""
+    def cancel(self, reason: Any = "", *_: Any) -> None:
+        """Cancel the order: the same as cancelling the workflow, but it can say why."""
         if not self._ending:
-            self._cancelled, self._note = True, clip(reason) or self._note
-            if self._story:
-                self._story.cancel()
-        await self._record("cancel", reason=clip(reason))
+            self._decision_note = clip(reason) or self._decision_note
+        self._halt(asyncio.CancelledError())
+        self._note("cancel", reason=clip(reason))
 
     @workflow.signal
-    async def dispatch_failed(self, reason: Any = "", *_: Any) -> None:
+    def dispatch_failed(self, reason: Any = "", *_: Any) -> None:
         """Hear from the child why it fails; that it failed, its end will tell."""
         self._last_error = clip(reason)
-        await self._record("dispatch_failed", reason=clip(reason))
+        self._note("dispatch_failed", reason=clip(reason))
 
     @workflow.signal(name="update_address")
-    async def signal_address(self, address: Any = "", *_: Any) -> None:
+    def signal_address(self, address: Any = "", *_: Any) -> None:
         """Change the address, or note why not: a signal has no answer."""
         if problem := self._address_problem(address):
-            await self._record("address_refused", address=clip(address), reason=problem)
+            self._note("address_refused", address=clip(address), reason=problem)
         else:
-            await self.update_address(address)
+            self.update_address(address)
 
     @workflow.update
-    async def update_address(self, address: Any = "", *_: Any) -> str:
+    def update_address(self, address: Any = "", *_: Any) -> str:
         """Change the address and return it."""
-        self._address = address
-        await self._record("update_address", address=address)
-        return str(address)
+        self._address = str(address)
+        self._note("update_address", address=self._address)
+        return self._address
 
     @update_address.validator
     def check_address(self, address: Any = "", *_: Any) -> None:
@@ -345,50 +409,59 @@ class OrderWorkflow:
             "state": self._state,
             "address": self._address,
             "decision": self._decision,
-            "note": self._note,
+            "note": self._decision_note,
             "shipping_attempts": self._shipping_attempts,
             "last_error": self._last_error,
         }
 
-    async def _decide(self, verb: str, decision: str, note: Any) -> None:
-        """Take the first decision, early or not; later ones are only recorded."""
+    def _decide(self, verb: str, decision: str, note: Any) -> None:
+        """Take the first decision, early or not; later ones are only noted."""
         counts = self._decision is None and not self._ending
         if counts:
-            self._decision, self._note = decision, clip(note)
-        await self._record(verb, note=clip(note), counts=counts)
+            self._decision, self._decision_note = decision, clip(note)
+        self._note(verb, note=clip(note), counts=counts)
 
     def _address_problem(self, address: Any) -> str:
         """Say why the address cannot be changed to this one; empty if it can."""
-        valid, rule = RULES["address"]
-        if not valid(address):
+        is_valid, rule = RULES["address"]
+        if not is_valid(address):
             return f"address {rule}"
         if self._state == "SHIPPING" or self._ending:
             return f"too late, the order is {self._state}"
         return ""
 
-    async def _record(self, type_: str, **payload: Any) -> None:
-        """Have an activity write a decision down; the number tells two alike apart."""
-        self._recorded += 1
-        note = Note(self._order, type_, {**payload, "number": self._recorded})
-        if not self._invalid:
-            await run_activity(step.record_decision, note, max_attempts=0)
+    def _note(self, type_: str, **payload: Any) -> None:
+        """Have a message written down; its number tells it from another with the same words."""
+        self._messages += 1
+        if self._messages > NOTES_KEPT or self._closed or self._invalid:
+            return
+        self._notes.append({"type": type_, **payload, "number": self._messages})
+        if not self._writer or self._writer.done():
+            self._writer = asyncio.create_task(self._write_notes())
+
+    async def _write_notes(self) -> None:
+        """Have what came written down, one activity at a time, many notes in one."""
+        while self._notes:
+            notes, self._notes = self._notes, []
+            await run_activity(activities.record_decision, Notes(self._order, notes), 0)
 
 
 @workflow.defn
 class ShippingWorkflow:
-    """Pack and dispatch, on workers of its own; tell the order why if that fails for good."""
+    """Pack and dispatch, on workers of its own."""
 
     @workflow.run
-    async def run(self, *inputs: Any) -> None:
-        """Ship one order."""
+    async def run(self, raw: Any = None, *_: Any) -> None:
+        """Ship one order; if that fails for good, tell the order why, and fail."""
         info = workflow.info()
-        order = parse_order(only(inputs), info.workflow_id.partition("ship-")[2])
+        order = parse_order(raw, info.workflow_id.partition("ship-")[2])
         try:
-            await run_activity(step.prepare_package, order, order.max_attempts)
-            await run_activity(step.dispatch_carrier, order, order.max_attempts)
+            await run_activity(activities.prepare_package, order, order.max_attempts)
+            await run_activity(activities.dispatch_carrier, order, order.max_attempts)
         except ActivityError as error:
             if is_cancelled_exception(error):
                 raise
+            # Its failure is what the parent waits for; the signal is for the people who watch.
             reason = f"{error.activity_type} failed: {error.cause}"
             if info.parent:
                 parent = workflow.get_external_workflow_handle(info.parent.workflow_id)
