@@ -7,6 +7,7 @@ trail: an event for each attempt, fault, human decision and outcome.
 """
 
 import argparse
+import atexit
 import json
 import os
 import shutil
@@ -234,6 +235,9 @@ def close() -> None:
     with _turn:
         while _opened:
             _opened.popitem()[1].close()
+
+
+atexit.register(close)
 
 
 def _open(name: str) -> sqlite3.Connection:

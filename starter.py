@@ -542,8 +542,9 @@ class Player:
                 if not store.effects_of(raw["order_id"]):
                     await start(self.client, kind, raw, once=True, **options or {})
                     break
+            # The same request is the same charge: to make another one, ask for another amount.
             fields["amount_cents"] = raw.get("amount_cents", 9999) + 1
-            self.repeated = True
+            self.tell(f"{raw['order_id']} was asked for before: a new one takes a cent more")
         self.orders[raw["order_id"]] = raw
         self.since = time.time()
         self.tell(f"{raw['order_id']} is placed")
@@ -584,7 +585,8 @@ class Player:
         """Wait until something is seen, and tell it."""
         while not await persist(partial(sees, sight)):
             await asyncio.sleep(0.05)
-        self.tell(words)
+        if words:
+            self.tell(words)
 
     def ended(self, order_id: str) -> Sight:
         """See that an order has ended."""
@@ -689,12 +691,14 @@ class Player:
 
     async def act(
         self,
+        enter: str,
         told: str,
-        do: Callable[[], Awaitable[Any]] | None = None,
+        do: Callable[[], Awaitable[Any]] | None,
         typed: str = "",
         done: Sight | None = None,
     ) -> None:
-        """Do something, and tell it; `typed` is how a person does it elsewhere, seen by `done`."""
+        """Do something and tell it. A person is told what Enter does, or what to type elsewhere,
+        which `done` sees; without `do` that is the only way."""
         assert do
         await do()
         self.tell(told)
@@ -702,27 +706,23 @@ class Player:
 
     async def kill(self) -> int:
         """Kill the worker that has the newest order, as kill -9 does; return its pid."""
-        pid = await self.worker()
-        number = getattr(signal, "SIGKILL", signal.SIGTERM)
-        await self.act(
-            f"worker {pid} is dead",
-            partial(self.end, pid, number),
-            kill_command(pid),
-            self.gone(pid),
-        )
+        pid, number = await self.worker(), getattr(signal, "SIGKILL", signal.SIGTERM)
+        do = partial(self.end, pid, number)
+        told = f"worker {pid} is dead"
+        await self.act(f"kills worker {pid}", told, do, kill_command(pid), self.gone(pid))
         self.killed_at = time.time()
         return pid
 
-    async def stop(self) -> int:
-        """Stop the worker that has the newest order, as Ctrl+C does; return its pid."""
+    async def stop(self) -> None:
+        """Stop the worker that has the newest order, as Ctrl+C does."""
         pid = await self.worker()
-        do = partial(self.end, pid, signal.SIGINT)
-        await self.act(f"worker {pid} has stopped", do, "Ctrl+C in its terminal", self.gone(pid))
-        return pid
+        do, told = partial(self.end, pid, signal.SIGINT), f"worker {pid} has stopped"
+        typed = "Ctrl+C in its terminal"
+        await self.act(f"stops worker {pid}", told, do, typed, self.gone(pid))
 
-    def gone(self, *pids: int) -> Sight:
-        """See that processes have ended."""
-        return lambda: not any(self.is_alive(pid) for pid in pids)
+    def gone(self, pid: int) -> Sight:
+        """See that a process has ended."""
+        return lambda: not self.is_alive(pid)
 
     async def end(self, pid: int, number: int) -> None:
         """Send a process a signal and wait for its end."""
@@ -732,22 +732,39 @@ class Player:
             os.kill(pid, number)
         while self.is_alive(pid):
             await asyncio.sleep(0.02)
+        self.bury()
 
-    async def start(self, role: str = "all") -> None:
-        """Start a worker."""
+    def bury(self) -> None:
+        """Forget workers of ours that are dead, as they were to be."""
+        if self.stage:
+            self.stage.workers = [w for w in self.stage.workers if w.poll() is None]
+
+    async def start(self, role: str = "all", restart: bool = False) -> None:
+        """Start a worker; restart: after all others were stopped, as by Ctrl+C."""
         before = await self.living()
-        serves = "" if role == "all" else f", for {role} only"
-
-        async def new() -> bool:
-            return bool(await self.living() - before)
 
         async def do() -> None:
             assert self.stage
+            for pid in before if restart else ():
+                await self.end(pid, signal.SIGINT)
+            self.bury()
             self.stage.start_worker(role, self.code)
 
+        async def done() -> bool:
+            now = await self.living()
+            return bool(now - before) and not (restart and now & before)
+
         typed = command("worker.py") + ("" if role == "all" else f" {role}")
-        await self.act(f"another worker starts{serves}", do, typed, new)
+        only = "" if role == "all" else f" for {role} only"
+        enter = f"restarts the worker{only}" if restart else f"starts another worker{only}"
+        told = f"a new worker starts{only}"
+        typed = f"Ctrl+C in its terminal, then {typed}" if restart else typed
+        await self.act(enter, told, do if self.stage else None, typed, done)
         self.started_at = time.time()
+
+    async def restart(self, role: str = "all") -> None:
+        """Stop all workers, as Ctrl+C does, and start one."""
+        await self.start(role, restart=True)
 
     async def living(self) -> set[int]:
         """Find the workers that live, of both task queues."""
@@ -756,53 +773,39 @@ class Player:
         ours = self.stage.workers if self.stage else []
         return found | {worker.pid for worker in ours if worker.poll() is None}
 
-    async def restart(self, role: str = "all") -> None:
-        """Stop all workers, as Ctrl+C does, and start one."""
-        before = await self.living()
-
-        async def new() -> bool:
-            now = await self.living()
-            return not now & before and bool(now)
-
-        async def do() -> None:
-            assert self.stage
-            for pid in before:
-                await self.end(pid, signal.SIGINT)
-            self.stage.start_worker(role, self.code)
-
-        typed = command("worker.py") + ("" if role == "all" else f" {role}")
-        serves = "" if role == "all" else f", for {role} only"
-        await self.act(f"the worker is a new one{serves}", do, f"Ctrl+C, then {typed}", new)
-
     async def edit(self, change: tuple[str, str, str] | None) -> None:
-        """Change a line of our scripts, or undo the change: in a copy."""
+        """Change a line of our scripts, or undo that: in a copy."""
+        assert self.stage
+        folder = self.stage.folder / uuid.uuid4().hex
 
         async def do() -> None:
-            assert self.stage
-            self.code = HERE
-            if change:
-                self.code = changed_copy(self.stage.folder / uuid.uuid4().hex, *change)
+            self.code = changed_copy(folder, *change) if change else HERE
 
-        await self.act(f"{change[0]} is changed" if change else "the change is undone", do)
+        if change:
+            await self.act(f"changes {change[0]}, in a copy", f"{change[0]} is changed", do)
+        else:
+            await self.act("undoes the change", "the change is undone", do)
 
     async def kill_server(self) -> None:
         """Kill the server."""
         do = self.stage.kill_server if self.stage else None
-        await self.act("the server is dead", do, "Ctrl+C in its terminal", self.server_is_dead)
+        typed = "Ctrl+C in its terminal"
+        await self.act("kills the server", "the server is dead", do, typed, self.server_is_dead)
 
     async def start_server(self) -> None:
         """Start the server on the same file."""
 
         async def lives() -> bool:
-            return await is_listening(self.address)
+            return not await self.server_is_dead()
 
         do = self.stage.start_server if self.stage else None
-        await self.act("the server lives", do, f"{command('worker.py')} server", lives)
+        typed = f"{command('worker.py')} server"
+        await self.act("starts the server again", "the server lives", do, typed, lives)
 
     async def shell(self, line: str, done: Sight | None = None) -> str:
-        """Run a command of README.md, wait until its effect is seen, and return what it said."""
+        """Run a command, wait until its effect is seen, and return what it said."""
         first, *words = shlex.split(line)
-        script = [sys.executable, str(HERE / first)] if first.endswith(".py") else [first]
+        script = [sys.executable, str(HERE / first)]
         if first == "temporal":
             script = [temporal_binary() or first]
         said = ""
@@ -818,12 +821,12 @@ class Player:
             )
             said = (await process.communicate())[0].decode().strip()
 
-        typed = line.replace(first, command(first), 1) if first.endswith(".py") else line
-        await self.act(line, do, typed, done)
+        typed = line if first == "temporal" else line.replace(first, command(first), 1)
+        await self.act("runs it", line, do, typed, done)
         if said:
             self.tell(said.splitlines()[-1])
-        while done and not await persist(partial(sees, done)):
-            await asyncio.sleep(0.05)
+        if done:
+            await self.until("", done)
         return said
 
     # What must be true.
@@ -995,65 +998,79 @@ class Person(Player):
 
     async def act(
         self,
+        enter: str,
         told: str,
-        do: Callable[[], Awaitable[Any]] | None = None,
+        do: Callable[[], Awaitable[Any]] | None,
         typed: str = "",
         done: Sight | None = None,
     ) -> None:
         """Ask for something, do it on Enter if we can, and go on when it is done."""
         self.show_part("Do")
-        hint = f" (or: {typed})" if typed else ""
-        say(f"{'':10}Enter: {told}{hint}" if do else f"{'':10}{typed}", indent=10)
-        was_over = await self.over()
-        line = asyncio.create_task(self.keyboard.line())
+        other = f" (or: {typed})" if typed else ""
+        say(f"{'':10}Enter {enter}{other}" if do else f"{'':10}Now you: {typed}", indent=10)
+        was_over, line = await self.over(), asyncio.create_task(self.keyboard.line())
         try:
-            while not (done and await sees(done)):
+            while not (done and await self.sees(done)):
                 await asyncio.wait([line], timeout=0.2)
+                over = not was_over and await self.over()
                 if line.done():
-                    answer = line.result()
-                    if answer is None or answer.lower() == "q":
+                    if line.result() is None or line.result() in ("q", "Q"):
                         raise EndOfInput
-                    if not was_over and await self.over():
-                        raise NotShown(f"too late: the order had ended before {told}")
-                    if do:
+                    if do and not over:
                         await do()
                         break
-                    say(f"{'':10}not yet: {typed}")
+                    say(f"{'':10}that is not done yet: {typed}")
                     line = asyncio.create_task(self.keyboard.line())
+                if over and not (done and await self.sees(done)):
+                    raise NotShown(f"too late: the order had ended before it was so: {told}")
         finally:
             line.cancel()
         self.tell(told)
         self.since = time.time()
 
-    async def over(self) -> bool:
-        """Tell whether the newest order has ended; a server that is down does not say so."""
-        with suppress(TimeoutError, RPCError, IndexError):
-            return bool(await asyncio.wait_for(sees(self.ended(list(self.orders)[-1])), 2))
+    async def sees(self, sight: Sight) -> bool:
+        """Look, while the server may be dead or about to die."""
+        with suppress(TimeoutError, RPCError):
+            return await asyncio.wait_for(sees(sight), 6)
         return False
+
+    async def over(self) -> bool:
+        """Tell whether the newest order has ended, if there is one."""
+        return bool(self.orders) and await self.sees(self.ended(list(self.orders)[-1]))
 
     async def until(self, words: str, sight: Sight) -> None:
         """Wait until something is seen or the order has ended without it, and say for what."""
-        screen, hint, looked = Screen(), "", time.monotonic()
-        while not await persist(partial(sees, sight)):
-            if self.stage and (dead := self.stage.revive()):
-                self.tell(f"worker {dead[0]} died, too early; another starts")
-            if time.monotonic() > looked + 2:
+        screen, hint, since = Screen(), "", time.monotonic()
+        look = asyncio.create_task(self.sees(sight))
+        while not (look.done() and look.result()):
+            if look.done():
+                if not hint and await self.over() and not await self.sees(sight):
+                    raise NotShown(f"the order has ended without it: {words}")
+                if self.stage and not await self.sees(sight) and (dead := self.stage.revive()):
+                    self.tell(f"worker {dead[0]} died too early; another one starts")
+                look = asyncio.create_task(self.sees(sight))
+            await asyncio.wait([look], timeout=0.3)
+            if time.monotonic() > since + 1:
                 hint = await self.trouble()
-                looked = time.monotonic()
-                if await self.over() and not await persist(partial(sees, sight)):
-                    raise NotShown(f"the order has ended, and never was it so: {words}")
-            screen.show(f"waiting until {words}{hint}")
-            await asyncio.sleep(0.1)
+                screen.show(f"waiting until {words or 'it is done'}{hint}")
         screen.clear()
-        self.tell(words)
+        if words:
+            self.tell(words)
 
     async def trouble(self) -> str:
         """Say what is missing, if it is the server or a worker."""
         if await self.server_is_dead():
             return f": the server does not answer; start it: {command('worker.py')} server"
-        if not await persist(self.workers):
-            return f": no worker answers; start one: {command('worker.py')}"
+        with suppress(RPCError):
+            if not await self.workers():
+                return f": no worker is there; start one: {command('worker.py')}"
         return ""
+
+    async def say_what_is_left(self) -> None:
+        """Say which orders still run, and how to end them."""
+        for order_id in self.orders:
+            if not await self.sees(self.ended(order_id)):
+                say(f"{order_id} still runs; end it: temporal workflow cancel -w {order_id}")
 
     async def edit(self, change: tuple[str, str, str] | None) -> None:
         """Have a line of our scripts changed by hand; in a contrast, in a copy."""
@@ -1068,10 +1085,9 @@ class Person(Player):
                 return change[2] in texts[change[0]]
             return not any(new in texts[file] for file, new in undone)
 
-        told = f"{change[0]} has the new line" if change else "the new lines are gone"
-        await self.act(
-            told, None, f"edit {change[0] if change else 'workflows.py'} and save it", done
-        )
+        file = change[0] if change else "workflows.py"
+        told = f"{file} has the new lines" if change else f"{file} is as it was"
+        await self.act("", told, None, f"edit {file} and save it", done)
 
 
 def sections() -> dict[int, tuple[str, str]]:
@@ -1094,20 +1110,23 @@ def plain(markdown: str) -> str:
 
 
 async def run_prompts(_: argparse.Namespace) -> int:
-    """Offer the exercises, and lead through them until the person leaves; exit 1 if one failed."""
+    """Offer the exercises and lead through them until the person leaves; exit 1 if one failed."""
     async with temporal(quiet=True) as (client, stage):
-        person, number, held = Person(client, stage), 1, True
+        person, number, results = Person(client, stage), 1, dict[int, bool]()
         address = person.address
         say(f"server: {address}, namespace {client.namespace}, Web UI: {web_ui(address)}")
-        with suppress(EndOfInput):
+        try:
             while True:
                 done = {row["order_id"] for row in store.select(HELD)}
                 for n, section in sections().items():
                     say(f"{'x' if f'exercise {n}' in done else ' '} {n:2}  {section[0]}")
                 number = await person.prompt("Exercise, or q", str(number), chosen)
-                held = await person.lead(number)
-                number = (number + held) % len(EXERCISES)
-    return 0 if held else 1
+                results[number] = await person.lead(number)
+                number = (number + results[number]) % len(EXERCISES)
+        except EndOfInput:
+            return 0 if all(results.values()) else 1
+        finally:
+            await person.say_what_is_left()
 
 
 HELD = "SELECT order_id FROM events WHERE type = 'held'"

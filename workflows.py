@@ -26,13 +26,14 @@ from temporalio.exceptions import (
 
 # Workflow code runs in a sandbox, which loads modules anew for each run; these need it not.
 with workflow.unsafe.imports_passed_through():
-    import activities
+    import activities as step
     from activities import RULES, Notes, Order, parse_order
 
 ORDERS_QUEUE, SHIPPING_QUEUE = "orders-tq", "shipping-tq"
 SHIPPING_TRIES = 3
 NOTE_LENGTH = 500
 NOTES_KEPT = 300  # of an order; further messages are only counted, for a history has its limits
+UNDOS = [step.release_inventory, step.refund_payment, step.void_dispatch]  # in the steps' order
 # Answers that asking again will not change.
 REFUSALS = ["InvalidOrder", "OrderConflict", "PaymentDeclined", "PaymentConflict", "OrderGivenUp"]
 
@@ -83,10 +84,7 @@ class ChargeWorkflow:
         order = parse_order(raw, workflow.info().workflow_id, charge=True)
         if order.wait_seconds:
             await workflow.sleep(order.wait_seconds, summary="Wait before the charge")
-        receipt: dict[str, Any] = await run_activity(
-            activities.charge_payment, order, order.max_attempts
-        )
-        return receipt
+        return dict(await run_activity(step.charge_payment, order, order.max_attempts))
 
 
 class Ended(Exception):
@@ -116,7 +114,7 @@ class OrderWorkflow:
         self._shipping_attempts = 0
         self._undos: list[Callable[..., Any]] = []
         if info.run_id != info.first_execution_run_id:
-            self._register_all()  # after a reset: who knows what the run before has done
+            self._undos = [*UNDOS]  # a reset: who knows what the run before has done
         self._seconds_left = self._order.deadline_seconds
         self._due = inf  # when the deadline is; never, while the time does not count
         self._story: asyncio.Task[Any] | None = None
@@ -139,20 +137,17 @@ class OrderWorkflow:
         self._story = asyncio.current_task()
         try:
             async with self._deadline():
-                known = await self._do(activities.receive_order, "RECEIVING")
-                if known:
-                    self._register_all()
-                await self._do(activities.validate_order, "VALIDATING")
-                undo = activities.release_inventory
-                await self._do(activities.reserve_inventory, "RESERVING", undo)
+                if await self._do(step.receive_order, "RECEIVING"):
+                    self._undos = [*UNDOS]  # its id was used before, and Temporal has forgotten it
+                await self._do(step.validate_order, "VALIDATING")
+                await self._do(step.reserve_inventory, "RESERVING", undo=step.release_inventory)
 
             await self._wait()
             await self._review()
 
             async with self._deadline():
-                undo = activities.refund_payment
-                await self._do(activities.charge_payment, "CHARGING", undo)
-                await self._ship(undo=activities.void_dispatch)
+                await self._do(step.charge_payment, "CHARGING", undo=step.refund_payment)
+                await self._ship(undo=step.void_dispatch)
             state, failure = "COMPLETED", None
         except (Ended, FailureError, asyncio.CancelledError) as error:
             state, failure = self._why(self._halted or error)
@@ -173,12 +168,6 @@ class OrderWorkflow:
         """Have this undone, unless the order is completed (the saga pattern)."""
         if undo not in self._undos:
             self._undos.append(undo)
-
-    def _register_all(self) -> None:
-        """Have all undone: of what has not happened, an undo leaves a tombstone."""
-        self._undos = [
-            *(activities.release_inventory, activities.refund_payment, activities.void_dispatch)
-        ]
 
     def _enter(self, state: str) -> None:
         """Go on to the next part of the story, unless it shall end."""
@@ -325,7 +314,7 @@ class OrderWorkflow:
         notes = [outcome]
         if self._messages > NOTES_KEPT:
             notes = [{"type": "messages", "not_kept": self._messages - NOTES_KEPT}, outcome]
-        await run_activity(activities.record_outcome, Notes(self._order, notes), max_attempts=0)
+        await run_activity(step.record_outcome, Notes(self._order, notes), max_attempts=0)
         self._show(state)
         if failure:
             raise failure
@@ -336,13 +325,10 @@ class OrderWorkflow:
 
         Returns False if the package has left: then nothing is undone, and the order is complete.
         """
-        undos = list(reversed(self._undos))
-        if activities.void_dispatch in undos:
-            undos.remove(activities.void_dispatch)
-            if await run_activity(activities.void_dispatch, self._order, 0) == "dispatched":
-                return False
-        for undo in undos:
-            await run_activity(undo, self._order, 0)
+        for undo in reversed(self._undos):
+            left = await run_activity(undo, self._order, max_attempts=0) == "dispatched"
+            if undo is step.void_dispatch and left:
+                return False  # the point of no return
         return True
 
     async def _despite_cancels(self, ending: Coroutine[Any, Any, str]) -> str:
@@ -443,7 +429,7 @@ class OrderWorkflow:
         """Have what came written down, one activity at a time, many notes in one."""
         while self._notes:
             notes, self._notes = self._notes, []
-            await run_activity(activities.record_decision, Notes(self._order, notes), 0)
+            await run_activity(step.record_decision, Notes(self._order, notes), 0)
 
 
 @workflow.defn
@@ -456,8 +442,8 @@ class ShippingWorkflow:
         info = workflow.info()
         order = parse_order(raw, info.workflow_id.partition("ship-")[2])
         try:
-            await run_activity(activities.prepare_package, order, order.max_attempts)
-            await run_activity(activities.dispatch_carrier, order, order.max_attempts)
+            await run_activity(step.prepare_package, order, order.max_attempts)
+            await run_activity(step.dispatch_carrier, order, order.max_attempts)
         except ActivityError as error:
             if is_cancelled_exception(error):
                 raise
