@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import shutil
+import socket
 import sys
 import threading
 import time
@@ -20,7 +21,14 @@ from datetime import UTC, datetime, timedelta
 from math import ceil, floor
 from typing import Any
 
-from temporalio.api.enums.v1 import EventType, PendingWorkflowTaskState, TimeoutType
+from temporalio.api.enums.v1 import (
+    EventType,
+    PendingWorkflowTaskState,
+    TaskQueueType,
+    TimeoutType,
+)
+from temporalio.api.taskqueue.v1 import TaskQueue
+from temporalio.api.workflowservice.v1 import DescribeTaskQueueRequest
 from temporalio.client import (
     Client,
     WorkflowExecutionDescription,
@@ -254,6 +262,18 @@ async def silence(handle: Handle) -> str:
             " if it died meanwhile, another one gets it within 10 s"
         )
     return f"no worker answers; start one in another terminal: {command('worker.py')}"
+
+
+async def pollers(client: Client, queue: str) -> set[int]:
+    """Find the processes on this machine that asked a task queue for work of late."""
+    request = DescribeTaskQueueRequest(
+        namespace=client.namespace,
+        task_queue=TaskQueue(name=queue),
+        task_queue_type=TaskQueueType.TASK_QUEUE_TYPE_WORKFLOW,
+    )
+    answer = await client.workflow_service.describe_task_queue(request, timeout=RPC_TIMEOUT)
+    found = [poller.identity.partition("@") for poller in answer.pollers]
+    return {int(pid) for pid, _, host in found if host == socket.gethostname()}
 
 
 async def code_fails(handle: Handle) -> bool:

@@ -265,6 +265,10 @@ class Stage:
             self.start_worker()
         return [worker.pid for worker in dead]
 
+    def bury(self) -> None:
+        """Forget the workers that have ended, as they were to."""
+        self.workers = [worker for worker in self.workers if worker.poll() is None]
+
     async def close(self) -> None:
         """Kill all that still runs."""
         for worker in list(self.workers):
@@ -302,6 +306,30 @@ async def private_stage() -> AsyncIterator[Stage]:
                 yield stage
             finally:
                 await stage.close()
+
+
+def changed_copy(folder: Path, file: str, text: str, instead: str) -> Path:
+    """Copy our scripts with one text in one file changed."""
+    folder.mkdir()
+    for script in HERE.glob("*.py"):
+        shutil.copy(script, folder)
+    source = (folder / file).read_text(encoding="utf-8")
+    if source.count(text) != 1:
+        raise AssertionError(f"{file} has {text!r} {source.count(text)} times")
+    (folder / file).write_text(source.replace(text, instead), encoding="utf-8")
+    return folder
+
+
+def is_process(pid: int) -> bool:
+    """Tell whether a process is there on this machine."""
+    if sys.platform == "win32":
+        query = ["tasklist", "/FI", f"PID eq {pid}"]
+        return str(pid) in subprocess.run(query, capture_output=True, text=True).stdout
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, PermissionError) as error:
+        return isinstance(error, PermissionError)
+    return True
 
 
 @contextmanager
