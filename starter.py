@@ -534,12 +534,17 @@ class Player:
         assert self.stage
         for worker in list(self.stage.workers):
             self.stage.kill_worker(worker)
-        self.tell(f"worker {self.stage.start_worker().pid} starts")
+        worker = self.stage.start_worker()
+        # One that was killed a moment ago could be given the next task; it would take 10 s to see.
+        while worker.pid not in await self.pollers():
+            await asyncio.sleep(0.05)
+        self.tell(f"worker {worker.pid} is there")
 
     async def draw(self) -> None:
         """Draw the lives of the orders, and print their effects."""
         for order_id in self.orders:
-            say(f"\n{order_id}")
+            print()
+            say(order_id)
             await persist(partial(signals.show_lanes, self.handle(order_id)))
 
     def tell(self, words: str) -> None:
@@ -844,8 +849,7 @@ class Person(Player):
         """Lead through an exercise: predict, do, see, explain; return whether it held."""
         title, text = sections()[number]
         head, *self.parts = re.split(PART, text, flags=re.MULTILINE)
-        say(f"\nExercise {number}: {title}")
-        print(f"{plain(head)}\n")
+        print(f"\nExercise {number}: {title}\n{plain(head)}\n")
         self.say_part("Predict")
         if "t.asked(" not in inspect.getsource(EXERCISES[number]):
             await self.ask("Enter begins: ")

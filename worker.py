@@ -23,7 +23,7 @@ import time
 import warnings
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -126,7 +126,10 @@ async def serve(role: str) -> None:
     say(f"worker {os.getpid()} serves {queues} at {address}")
     say(f"Web UI: {web_ui(address)}  ledger: {nearby(store.store_path())}")
     say(f"kill it: {kill_command(os.getpid())}  stop it: Ctrl+C")
-    await asyncio.gather(*(worker.run() for worker in workers))
+    async with AsyncExitStack() as running:  # each is given the time to end its activities
+        for worker in workers:
+            await running.enter_async_context(worker)
+        await asyncio.Event().wait()
 
 
 # Connecting.

@@ -205,11 +205,9 @@ class OrderWorkflow:
         # Not this machine's clock, but the time in the history, which is the same in each replay.
         self._due = workflow.time() + self._seconds_left
         alarm = asyncio.create_task(self._alarm(self._seconds_left))
-        try:
-            yield
-        finally:
-            alarm.cancel()
-            self._seconds_left, self._due = self._due - workflow.time(), inf
+        yield
+        alarm.cancel()
+        self._seconds_left, self._due = self._due - workflow.time(), inf
 
     async def _alarm(self, seconds: float) -> None:
         """Halt the story after these seconds."""
