@@ -934,15 +934,18 @@ class Person(Player):
         self.tell(told)
         self.since = time.time()
 
-    async def sees(self, sight: Sight, *given: Any) -> bool:
+    async def sees(self, sight: Sight, *given: Any, within: float = 6) -> bool:
         """Look, while the server may be dead or about to die."""
         with suppress(TimeoutError, RPCError):
-            return await asyncio.wait_for(sees(sight, *given), 6)
+            return await asyncio.wait_for(sees(sight, *given), within)
         return False
 
     async def over(self) -> bool:
-        """Tell whether the newest order has ended, if there is one."""
-        return bool(self.orders) and await self.sees(self.ended, list(self.orders)[-1])
+        """Tell whether all orders have ended, so that nothing more can come of them."""
+        for order_id in reversed(self.orders):
+            if not await self.sees(self.ended, order_id, within=1):
+                return False
+        return bool(self.orders)
 
     async def until(self, words: str, sight: Sight, *given: Any) -> None:
         """Wait until something is seen or the order has ended without it, and say for what."""

@@ -355,10 +355,11 @@ async def run_server() -> int:
     say(f"server {os.getpid()} at {DEFAULT_ADDRESS}, Web UI: {web_ui(DEFAULT_ADDRESS)}")
     say(f"data: {nearby(HERE / 'temporal.db')}  kill it: {kill_command(os.getpid())}")
     if (binary := temporal_binary()) and sys.platform != "win32":
-        data = ["--db-filename", str(HERE / "temporal.db"), "--http-port", str(port + 10)]
-        quiet = ["--log-level", "never", "--output", "none"]
+        ports = [*("--port", port), *("--http-port", port + 10), *("--ui-port", port + 1000)]
+        data = ["--db-filename", HERE / "temporal.db", "--log-level", "never", "--output", "none"]
         # In our place: the pid above is the server's own.
-        os.execv(binary, [binary, "server", "start-dev", *data, *quiet, *SERVER_FLAGS])
+        words = [binary, "server", "start-dev", *ports, *data, *SERVER_FLAGS]
+        os.execv(binary, [str(word) for word in words])
     await Stage(HERE, port).start_server()
     await asyncio.Event().wait()
     return 0
