@@ -252,7 +252,7 @@ async def ask(handle: Handle) -> tuple[dict[str, Any], str]:
 
 async def silence(handle: Handle) -> str:
     """Say why a question had no answer, and what to do."""
-    if await code_fails(handle):
+    if await code_failure(handle) is not None:
         return f"the workflow's code fails; see: {see('history', handle.id)}"
     description = await handle.describe()
     task = description.raw_description.pending_workflow_task
@@ -276,13 +276,16 @@ async def pollers(client: Client, queue: str) -> set[int]:
     return {int(pid) for pid, _, host in found if host == socket.gethostname()}
 
 
-async def code_fails(handle: Handle) -> bool:
-    """Tell whether a worker last failed in the workflow's code; one that was killed did not."""
-    ends = ("workflow_task_completed", "workflow_task_failed", "workflow_task_timed_out")
-    last = ""
+async def code_failure(handle: Handle) -> str | None:
+    """Tell how a worker last failed in the workflow's code; None: it did not, or it was killed."""
+    failure = None
     async for event in handle.fetch_history_events():
-        last = next((end for end in ends if event.HasField(f"{end}_event_attributes")), last)  # type: ignore[arg-type]
-    return last == "workflow_task_failed"
+        if event.HasField("workflow_task_failed_event_attributes"):
+            failed = event.workflow_task_failed_event_attributes
+            failure = None if failed.new_run_id else why(failed.failure)
+        elif kind_of(event) in ("WORKFLOW_TASK_COMPLETED", "WORKFLOW_TASK_TIMED_OUT"):
+            failure = None
+    return failure
 
 
 async def status(client: Client, options: argparse.Namespace) -> int:
@@ -306,18 +309,17 @@ async def list_orders(client: Client, options: argparse.Namespace) -> int:
         row["order_id"]: f"{row['amount_cents'] / 100:.2f}"
         for row in store.select("SELECT order_id, amount_cents FROM effects")
     }
-    kinds, found = "WorkflowType IN ('OrderWorkflow', 'ChargeWorkflow')", False
-    async for run in client.list_workflows(kinds, limit=options.limit):
+    kinds = "WorkflowType IN ('OrderWorkflow', 'ChargeWorkflow')"
+    runs = [run async for run in client.list_workflows(kinds, limit=options.limit)]
+    for n, run in enumerate(runs):
         state = run.status.name if run.status else ""
         if state == "COMPLETED" and run.workflow_type == "OrderWorkflow":
             # To Temporal a rejected order is complete as well: what it returned says more.
             state = await client.get_workflow_handle(run.id, run_id=run.run_id).result()
-        again = run.raw_info.first_run_id not in ("", run.run_id)
         started = f"{run.start_time.astimezone():%m-%d %H:%M:%S}"
-        told = f"{started}  {state:10} {amounts.get(run.id, '-'):>10}  {run.id}"
-        say(told + (" (another run of it, after a reset)" if again else ""), indent=16)
-        found = True
-    if not found:
+        again = "  (another run of it)" if run.id in [older.id for older in runs[n + 1 :]] else ""
+        say(f"{started}  {state:10} {amounts.get(run.id, '-'):>10}  {run.id}{again}", indent=16)
+    if not runs:
         say(f"no orders yet; place one: {command('starter.py')} order")
     return 0
 

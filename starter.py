@@ -163,6 +163,9 @@ async def temporal(quiet: bool) -> AsyncIterator[tuple[Client, Stage | None]]:
         logs = Path(folder) / "workers.log" if quiet else None
         stage = Stage(HERE, int(DEFAULT_ADDRESS.rpartition(":")[2]), logs)
         try:
+            for port in (stage.port + 10, stage.port + 1000):
+                if await is_listening(f"localhost:{port}"):
+                    raise RuntimeError(f"port {port} is taken by another program")
             say(f"no server at {DEFAULT_ADDRESS}: starting one, and a worker, while this runs")
             client = await stage.start_server()
             kept = nearby(HERE / "temporal.db")
@@ -191,7 +194,7 @@ REVIEWED: dict[str, Any] = {"review": "person", "review_seconds": 600}
 BRIEF = {"task_timeout": timedelta(seconds=1)}
 # Edits, in the words of README.md: a file, a line in it, and what shall stand there instead.
 REVIEW = "            await self._review()\n"
-CHECK = '            await self._do(activities.validate_order, "VALIDATING")\n'
+CHECK = '            await self._do(step.validate_order, "VALIDATING")\n'
 ENTER = '        self._enter("AWAITING_REVIEW")\n'
 BUG = ("workflows.py", ENTER, '        raise RuntimeError("a bug")\n' + ENTER)
 CHECKED = ("workflows.py", REVIEW, CHECK + REVIEW)
@@ -320,7 +323,7 @@ async def bug(t: "Player") -> None:
     await t.edit(BUG)
     await t.restart()
     order = await t.place(options=BRIEF)
-    await t.until("the workflow task fails and is tried again", t.code_fails, order)
+    await t.until("the workflow task fails and is tried again", t.code_fails, order, "a bug")
     await t.edit(None)
     await t.restart()
     await t.ends(order, "COMPLETED", within=4, **ONCE)
@@ -344,8 +347,8 @@ async def deploy(t: "Player") -> None:
     await t.until("the order waits for you", t.is_in, order, "AWAITING_REVIEW")
     await t.edit(CHECKED)
     await t.restart()
-    await t.shell(f"signals.py approve {order}", t.code_fails, order)
-    t.tell("the new code does not fit the history")
+    await t.shell(f"signals.py approve {order}", begun, order, "receive_order")
+    await t.until("the new code does not fit the history", t.code_fails, order, "Nondeterminism")
     await t.edit(PATCHED)
     await t.restart()
     await t.ends(order, "COMPLETED", within=4, **ONCE)
@@ -378,6 +381,7 @@ async def late(t: "Player") -> None:
     for order, step in ((charging, "charge_payment"), (shipping, "dispatch_carrier")):
         await t.until(f"{step}, 5 s late, is on its way", begun, order, step)
         await t.shell(f"signals.py cancel {order}", begun, order, "cancel")
+        t.show("the cancel came before it arrived", "ended" not in payloads(order, step)[0])
     await t.ends(charging, "CANCELLED", charge="voided 1", reservation="released")
     refunded: dict[str, Any] = {"charge": "refunded", "reservation": "released"}
     await t.ends(shipping, "CANCELLED", within=6, dispatch="voided 1", **refunded)
@@ -559,12 +563,13 @@ class Player:
     ) -> str:
         """Place an order and return its id."""
         raw = PATIENT | fields | {"order_id": made_up_id()}
-        while kind is ChargeWorkflow:
-            raw["order_id"] = charge_id(raw)
-            if not store.effects_of(raw["order_id"]):
-                break
-            self.tell(f"{raw['order_id']} was made before, and is the same charge: a cent more")
-            raw["amount_cents"] = raw.get("amount_cents", 9999) + 1
+        if kind is ChargeWorkflow:
+            first = raw["order_id"] = charge_id(raw)
+            while store.effects_of(raw["order_id"]):
+                raw["amount_cents"] += 1
+                raw["order_id"] = charge_id(raw)
+            if raw["order_id"] != first:
+                self.tell(f"{first} was made before; to ask again is the same charge: a cent more")
         try:
             await start(self.client, kind, raw, once=True, **options or {})
         except WorkflowAlreadyStartedError:  # by another starter, in this moment
@@ -620,9 +625,9 @@ class Player:
         """Tell whether an order says that it is in a state."""
         return (await signals.ask(self.handle(order_id)))[1] == state
 
-    async def code_fails(self, order_id: str) -> bool:
-        """Tell whether the workflow task fails in our code."""
-        return await signals.code_fails(self.handle(order_id))
+    async def code_fails(self, order_id: str, why: str) -> bool:
+        """Tell whether the workflow task fails in our code, for this reason."""
+        return why in (await signals.code_failure(self.handle(order_id)) or "")
 
     def died(self, order_id: str, step: str) -> bool:
         """Tell whether the process of the newest attempt at a step is dead."""
@@ -682,12 +687,18 @@ class Player:
     # What is done. Each of these is one **Do.** of README.md.
 
     async def act(
-        self, enter: str, told: str, do: Deed | None, typed: str = "", *sight: Any
+        self,
+        enter: str,
+        told: str,
+        do: Deed | None,
+        typed: str = "",
+        *sight: Any,
+        hurry: bool = False,
     ) -> None:
         """Do something and tell it.
 
         A person is told what Enter does, if `do` can do it, or what to type elsewhere; then the
-        sight, a function and its arguments, tells that it is done.
+        sight, a function and its arguments, tells that it is done. hurry: before the orders end.
         """
         assert do
         await do()
@@ -702,7 +713,13 @@ class Player:
         typed = kill_command(pid) if hard else "Ctrl+C in its terminal"
         do = partial(self.end, pid, number)
         await self.act(
-            f"{enter} worker {pid}", f"worker {pid} {told}", do, typed, self.is_dead, pid
+            f"{enter} worker {pid}",
+            f"worker {pid} {told}",
+            do,
+            typed,
+            self.is_dead,
+            pid,
+            hurry=True,
         )
 
     async def end(self, pid: int, number: int) -> None:
@@ -757,7 +774,9 @@ class Player:
         """Kill the server."""
         do = self.stage.kill_server if self.stage else None
         typed = "Ctrl+C in its terminal"
-        await self.act("kills the server", "the server is dead", do, typed, self.server_is_dead)
+        await self.act(
+            "kills the server", "the server is dead", do, typed, self.server_is_dead, hurry=True
+        )
 
     async def start_server(self) -> None:
         """Start the server on the same file."""
@@ -784,7 +803,7 @@ class Player:
             said = (await process.communicate())[0].decode().strip()
 
         typed = line if first == "temporal" else line.replace(first, command(first), 1)
-        await self.act("runs it", "", do, typed, *sight)
+        await self.act("runs it", "", do, typed, *sight, hurry=True)
         self.tell(said.splitlines()[-1] if said else "it is done")
         if sight:
             await self.until("", *sight)
@@ -908,17 +927,24 @@ class Person(Player):
             say(f"workers {', '.join(map(str, found))} all live: to kill one may show little")
 
     async def act(
-        self, enter: str, told: str, do: Deed | None, typed: str = "", *sight: Any
+        self,
+        enter: str,
+        told: str,
+        do: Deed | None,
+        typed: str = "",
+        *sight: Any,
+        hurry: bool = False,
     ) -> None:
         """Ask for something, do it on Enter if we can, and go on when it is done."""
         self.say_part("Do")
         other = f" (or: {typed})" if typed else ""
         say(f"{'':10}Enter {enter}{other}" if do else f"{'':10}Now: {typed}", indent=10)
-        was_over, line = await self.over(), asyncio.create_task(self.keyboard.line())
+        hurry = hurry and not await self.over()
+        line = asyncio.create_task(self.keyboard.line())
         try:
             while not (sight and await self.sees(*sight)):
                 await asyncio.wait([line], timeout=0.2)
-                if not was_over and await self.over() and not (sight and await self.sees(*sight)):
+                if hurry and await self.over() and not (sight and await self.sees(*sight)):
                     raise NotShown(
                         f"too late: the order ended first, by worker {await self.worker()}"
                     )
