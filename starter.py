@@ -1085,7 +1085,9 @@ async def run_crash(options: argparse.Namespace) -> int:
             claim = f"{number} {NAMES[number]}: {EXERCISES[number].__doc__}"
             print()
             say(claim, indent=4)
-            verdict = await player.play(EXERCISES[number])
+            verdict, tries = "not shown", 3  # a busy machine may come too late
+            while verdict.startswith("not shown") and tries:
+                verdict, tries = await player.play(EXERCISES[number]), tries - 1
             rows.append(
                 f"{verdict.partition(':')[0]:9} {time.time() - player.began:5.1f} s  {claim}"
             )

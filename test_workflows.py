@@ -1,10 +1,13 @@
 """Proves every claim of the README, against a real Temporal server with real kills.
 
-The orders of one group run side by side on one worker, once; each test then looks at one of them.
-Every wait is bounded and polls for a condition; no test depends on something being fast.
+Many orders run side by side, once; each test then looks at one of them. Every wait is bounded and
+polls for a condition. Where a busy machine may be late for the 5 s of a slow step, the test says
+what such an order must end in as well.
 """
 
+import argparse
 import asyncio
+import atexit
 import importlib
 import io
 import itertools
@@ -17,23 +20,37 @@ import shlex
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, redirect_stderr, redirect_stdout, suppress
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import (
+    ExitStack,
+    asynccontextmanager,
+    closing,
+    nullcontext,
+    redirect_stderr,
+    redirect_stdout,
+    suppress,
+)
 from dataclasses import asdict, dataclass, field
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from temporalio.api.enums.v1 import EventType
-from temporalio.api.history.v1 import HistoryEvent, TimerCanceledEventAttributes
+from temporalio.api.common.v1 import Payload, WorkflowExecution
+from temporalio.api.enums.v1 import ResetReapplyExcludeType, TimeoutType
+from temporalio.api.history.v1 import HistoryEvent
+from temporalio.api.workflowservice.v1 import (
+    DeleteWorkflowExecutionRequest,
+    ResetWorkflowExecutionRequest,
+)
 from temporalio.client import (
     Client,
     WithStartWorkflowOperation,
@@ -42,28 +59,29 @@ from temporalio.client import (
     WorkflowHistory,
     WorkflowUpdateFailedError,
 )
-from temporalio.common import WorkflowIDConflictPolicy
+from temporalio.common import RawValue, WorkflowIDConflictPolicy
 from temporalio.exceptions import ApplicationError
-from temporalio.service import RPCError
+from temporalio.runtime import Runtime
+from temporalio.service import RPCError, RPCStatusCode
 from temporalio.worker import Replayer, Worker
 
 import charge_store as store
 from activities import FAULTS, ORDER_STEPS, RULES, STEPS, Order, parse_order
-from starter import (
-    CRASH_TESTS,
-    EXERCISES,
+from signals import Bar, attempt_bars, lanes, temporal_bars
+from starter import BUG, CHECKED, EXERCISES, NAMES, NO_KEY, PATCHED, Exercise, Player, sections
+from worker import (
+    DATA_CONVERTER,
     HERE,
     SERVER_FLAGS,
     Stage,
     changed_copy,
     free_port,
     is_listening,
+    is_process,
     persist,
     private_stage,
-    sections,
     temporal_binary,
 )
-from worker import DATA_CONVERTER, make_workers
 from workflows import ORDERS_QUEUE, SHIPPING_QUEUE, OrderWorkflow
 
 SCRIPTS = ("charge_store.py", "worker.py", "starter.py", "signals.py")
@@ -75,6 +93,11 @@ UNPAID = {"reservation": "released"}
 REFUNDED = {"charge": "refunded", "reservation": "released"}
 VOIDED_CHARGE = REFUNDED | {"charge": "voided"}
 VOIDED = REFUNDED | {"dispatch": "voided"}
+RED = "\x1b[31mred\u202e\n"  # a colour, a reversal of the text and a line of its own
+TYPED = ascii(RED)[1:-1]  # how it must be printed
+
+Handle = WorkflowHandle[Any, Any]
+Done = subprocess.CompletedProcess[str]
 
 
 def within(work: Coroutine[Any, Any, Any], seconds: float = LONG) -> Any:
@@ -85,23 +108,129 @@ def within(work: Coroutine[Any, Any, Any], seconds: float = LONG) -> Any:
 @pytest.fixture(scope="session")
 def stage() -> Iterator[Stage]:
     """Set a stage with a server and a ledger of its own; at the end the audit must be clean."""
-    with asyncio.Runner() as runner:
+    with asyncio.Runner() as runner, pytest.MonkeyPatch.context() as patch:
         context = private_stage()
         stage = runner.run(context.__aenter__())
+        patch.setenv("TEMPORAL_ADDRESS", stage.address)
         yield stage
-        violations = store.audit()
+        orders, violations = store.audit()
         runner.run(context.__aexit__(None, None, None))
-    assert violations == []
+    assert (orders > 0, violations) == (True, [])
 
 
 @pytest.fixture(scope="session")
-def worker(stage: Stage) -> subprocess.Popen[bytes]:
-    """Run one worker process for the whole session."""
-    return stage.start_worker()
+def served(stage: Stage) -> Stage:
+    """Set the stage with one worker process on it for the whole session."""
+    stage.start_worker()
+    return stage
 
 
 async def connect(stage: Stage) -> Client:
+    """Connect to the stage's server in the loop that runs."""
     return await Client.connect(stage.address, data_converter=DATA_CONVERTER)
+
+
+def run(script: str, *words: str, code: Path = HERE, **environment: str) -> Done:
+    """Run a command in pipes, bounded; without more it talks to the stage's server."""
+    arguments = [sys.executable, str(code / script), *words]
+    pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True}
+    pipes |= {"cwd": code, "env": os.environ | environment, "errors": "replace"}
+    try:
+        return subprocess.run(arguments, timeout=LONG, **pipes)
+    except subprocess.TimeoutExpired:
+        return Done(arguments, 124, "", f"no end after {LONG} s")
+
+
+def here(script: str, *words: str, **environment: str) -> Done:
+    """Run a command in this process, to save the second of imports."""
+    out, err, at_kill = io.StringIO(), io.StringIO(), signal.getsignal(signal.SIGTERM)
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setattr(sys, "argv", [script, *words])
+        patch.setattr(atexit, "register", lambda *_: None)
+        patch.setattr(Runtime, "set_default", lambda *_: None)  # which can be done only once
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(HERE / script), run_name="__main__")
+    signal.signal(signal.SIGTERM, at_kill)
+    code = end.value.code
+    if isinstance(code, str):
+        return Done(words, 1, out.getvalue(), f"{err.getvalue()}{code}\n")
+    return Done(words, int(code or 0), out.getvalue(), err.getvalue())
+
+
+def answers(done: Done, code: int, says: str) -> None:
+    """Check an exit code and words; all must be escaped; one line on stderr only if it failed."""
+    assert done.returncode == code and says in (done.stderr if code else done.stdout), done
+    assert (done.stdout + done.stderr).replace("\n", "").isprintable(), done
+    assert len(done.stderr.splitlines()) == (code != 0), done
+
+
+starter, signals = partial(here, "starter.py"), partial(here, "signals.py")
+ledger_says = partial(here, "charge_store.py")
+
+
+# Tests that run side by side, as most of what they do is to wait. Each talks to the one server; a
+# test that harms its workers or its ledger has a wing of its own.
+
+SIDE_BY_SIDE: dict[str, Callable[[Stage], Any]] = {}
+
+
+def side_by_side(test: Callable[[Stage], Any]) -> Callable[[dict[str, Future[None]]], None]:
+    """Have a test, async or not, run at the same time as all others that are marked so."""
+    SIDE_BY_SIDE[test.__name__] = test
+
+    def result(begun: dict[str, Future[None]]) -> None:
+        begun[test.__name__].result()
+
+    return result
+
+
+@pytest.fixture(scope="session")
+def begun(served: Stage, request: pytest.FixtureRequest) -> dict[str, Future[None]]:
+    """Run these tests, as far as they are selected, to their ends."""
+
+    def work(test: Callable[[Stage], Any]) -> None:
+        if coroutine := test(served):
+            within(coroutine, 3 * LONG)
+
+    selected = [item.name for item in request.session.items if item.name in SIDE_BY_SIDE]
+    with ThreadPoolExecutor(12) as pool:
+        return {name: pool.submit(work, SIDE_BY_SIDE[name]) for name in selected}
+
+
+QUEUES = (ORDERS_QUEUE, SHIPPING_QUEUE)
+
+
+class Wing:
+    """A part of the stage with task queues, and if wanted a ledger, of its own."""
+
+    def __init__(self, stage: Stage, name: str, own_ledger: bool = False) -> None:
+        """Copy our scripts with other names of the queues."""
+        self.stage = stage
+        self.queues = [f"{name}-orders-tq", f"{name}-shipping-tq"]
+        new, old = (", ".join(f'"{q}"' for q in qs) for qs in (self.queues, QUEUES))
+        self.code = changed_copy(stage.folder / name, "workflows.py", old, new)
+        self.store = self.code / "charge_store.db"
+        self.environment = {"TEMPORAL_ADDRESS": stage.address}
+        self.environment |= {"CHARGE_STORE": str(self.store)} if own_ledger else {}
+
+    def run(self, script: str, *words: str) -> Done:
+        """Run a command of this wing."""
+        return run(script, *words, code=self.code, **self.environment)
+
+    def start_worker(self) -> subprocess.Popen[bytes]:
+        """Start a worker that serves this wing alone and dies with the stage."""
+        with open(self.code / "worker.log", "ab") as log:
+            pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
+            pipes["env"] = os.environ | self.environment
+            worker = subprocess.Popen([sys.executable, str(self.code / "worker.py")], **pipes)
+        self.stage.workers.append(worker)
+        return worker
+
+    def log(self) -> str:
+        """Read what its workers said."""
+        return (self.code / "worker.log").read_text(encoding="utf-8")
 
 
 # Scenarios: an order, what people do to it and when, and how it must end.
@@ -115,6 +244,7 @@ class Scenario:
     effects: dict[str, str]  # what the ledger must show, {kind: status}
     order: dict[str, Any] = field(default_factory=dict)
     sends: list[tuple[str, str, Any]] = field(default_factory=list)
+    status: dict[str, Any] = field(default_factory=dict)  # what else the query must tell
 
 
 @dataclass
@@ -124,15 +254,26 @@ class Outcome:
     ended: str
     status: dict[str, Any]
     effects: dict[str, str]
+    keys: dict[str, str]
     events: list[dict[str, Any]]
     history: WorkflowHistory
 
 
 YES = [("START", "approve", "fine")]
-SLOW_CHARGE = {"simulate": {"charge_payment": "slow"}}
+TIMED = {"review": "timer", "review_seconds": 0.1}
+THIS_MONTH = datetime.now(UTC).replace(day=1)
+LAST_MONTH = THIS_MONTH - timedelta(days=1)
+
+
+def simulate(**faults: str) -> dict[str, Any]:
+    """Make fields of an order whose steps go wrong."""
+    return {"simulate": faults}
+
+
+SLOW_CHARGE = simulate(charge_payment="slow")
 SCENARIOS: dict[str, Scenario] = {
     "approved": Scenario("COMPLETED", PAID, {}, [("AWAITING_REVIEW", "approve", "fine")]),
-    "approved by timer": Scenario("COMPLETED", PAID, {"review": "timer", "review_seconds": 0.5}),
+    "approved by timer": Scenario("COMPLETED", PAID, TIMED),
     "approved before it starts": Scenario("COMPLETED", PAID, {"review_seconds": 0}, YES),
     "approved while it waits": Scenario(
         "COMPLETED", PAID, {"wait_seconds": 5, "review_seconds": 0}, [("WAITING", "approve", "")]
@@ -141,10 +282,7 @@ SCENARIOS: dict[str, Scenario] = {
     "rejected": Scenario("REJECTED", UNPAID, {}, [("AWAITING_REVIEW", "reject", "no")]),
     "rejected before it starts": Scenario("REJECTED", UNPAID, {}, [("START", "reject", "no")]),
     "rejected in the timer's window": Scenario(
-        "REJECTED",
-        UNPAID,
-        {"review": "timer", "review_seconds": 30},
-        [("AWAITING_REVIEW", "reject", "no")],
+        "REJECTED", UNPAID, TIMED | {"review_seconds": 30}, [("AWAITING_REVIEW", "reject", "no")]
     ),
     "the first decision stands": Scenario(
         "REJECTED", UNPAID, {"wait_seconds": 2}, [("START", "reject", "1"), ("NOW", "approve", "2")]
@@ -153,38 +291,44 @@ SCENARIOS: dict[str, Scenario] = {
         "COMPLETED", PAID, SLOW_CHARGE, [*YES, ("CHARGING", "reject", "")]
     ),
     "expired": Scenario("EXPIRED", UNPAID, {"review_seconds": 0.5}),
-    "card expired": Scenario("PaymentDeclined", VOIDED_CHARGE, {"card_expiry": "12/23"}, YES),
-    "deadline while charging": Scenario(
-        "DeadlineExceeded", REFUNDED, {"deadline_seconds": 4} | SLOW_CHARGE, YES
+    "card expired last month": Scenario(
+        "PaymentDeclined", VOIDED_CHARGE, {"card_expiry": f"{LAST_MONTH:%m/%y}"}, YES
     ),
-    "deadline while shipping": Scenario(
-        "DeadlineExceeded",
-        VOIDED,
-        {"deadline_seconds": 4, "simulate": {"prepare_package": "hang"}},
-        YES,
-    ),
-    "deadline after dispatch": Scenario(
-        "COMPLETED", PAID, {"deadline_seconds": 4, "simulate": {"dispatch_carrier": "slow"}}, YES
+    "card good to the end of this month": Scenario(
+        "COMPLETED", PAID, {"card_expiry": f"{THIS_MONTH:%m/%y}"}, YES
     ),
     "deadline at once": Scenario("DeadlineExceeded", {}, {"deadline_seconds": 0}, YES),
-    "review and wait do not count": Scenario(
-        "COMPLETED",
-        PAID,
-        {"deadline_seconds": 4, "wait_seconds": 3, "review": "timer", "review_seconds": 3},
+    "deadline while charging": Scenario(
+        "DeadlineExceeded", REFUNDED, SLOW_CHARGE | {"deadline_seconds": 4}, YES
+    ),
+    "deadline of two slow steps": Scenario(
+        "DeadlineExceeded",
+        REFUNDED,
+        simulate(receive_order="slow", charge_payment="slow") | {"deadline_seconds": 8},
+        YES,
+    ),
+    "deadline while shipping": Scenario(
+        "DeadlineExceeded", VOIDED, simulate(prepare_package="hang") | {"deadline_seconds": 4}, YES
+    ),
+    "deadline after dispatch": Scenario(
+        "COMPLETED", PAID, simulate(dispatch_carrier="slow") | {"deadline_seconds": 4}, YES
+    ),
+    "a wait does not count": Scenario(
+        "COMPLETED", PAID, TIMED | {"deadline_seconds": 4, "wait_seconds": 5}
+    ),
+    "a review does not count": Scenario(
+        "COMPLETED", PAID, TIMED | {"deadline_seconds": 4, "review_seconds": 5}
     ),
     "dispatch fails three times": Scenario(
-        "OrderGivenUp", VOIDED, {"simulate": {"dispatch_carrier": "down"}}, YES
+        "OrderGivenUp", VOIDED, simulate(dispatch_carrier="down"), YES, {"shipping_attempts": 3}
     ),
     "reserving fails for good": Scenario(
-        "OrderGivenUp",
-        {"reservation": "voided"},
-        {"simulate": {"reserve_inventory": "down"}},
-        YES,
+        "OrderGivenUp", {"reservation": "voided"}, simulate(reserve_inventory="down"), YES
     ),
     "cancelled while compensating": Scenario(
         "PaymentDeclined",
         VOIDED_CHARGE,
-        {"card_expiry": "12/23", "simulate": {"refund_payment": "slow"}},
+        simulate(refund_payment="slow") | {"card_expiry": "12/23"},
         [*YES, ("COMPENSATING", "cancel", "again"), ("COMPENSATING", "CANCEL", None)],
     ),
     "cancelled both ways at once": Scenario(
@@ -196,33 +340,38 @@ SCENARIOS: dict[str, Scenario] = {
     "cancelled before a late dispatch": Scenario(
         "CANCELLED",
         VOIDED,
-        {"simulate": {"dispatch_carrier": "late"}},
+        simulate(dispatch_carrier="late"),
         [*YES, ("dispatch_carrier", "cancel", "in time")],
     ),
     "cancelled after dispatch": Scenario(
         "COMPLETED",
         PAID,
-        {"simulate": {"dispatch_carrier": "slow"}},
+        simulate(dispatch_carrier="slow"),
         [*YES, ("DISPATCHED", "cancel", "too late")],
     ),
     "cancelled again and again": Scenario(
         "COMPLETED",
         PAID,
-        {"simulate": {"record_outcome": "slow"}},
+        simulate(record_outcome="slow"),
         [*YES, ("record_outcome", "cancel", "1"), ("NOW", "CANCEL", None), ("NOW", "cancel", "2")],
     ),
     "cancelled before it starts": Scenario("CANCELLED", {}, {}, [("START", "cancel", "no")]),
-    "address changed": Scenario(
-        "COMPLETED",
-        PAID,
-        {},
-        [("START", "update_address", "2 Side Street"), ("AWAITING_REVIEW", "approve", "")],
+    "shipping cancelled alone": Scenario(
+        "CANCELLED",
+        VOIDED,
+        simulate(prepare_package="late"),
+        [*YES, ("prepare_package", "CANCEL SHIPPING", None)],
     ),
-    "address changed too late": Scenario(
+    "address changed in time and too late": Scenario(
         "COMPLETED",
         PAID,
-        {"simulate": {"prepare_package": "slow"}},
-        [*YES, ("SHIPPING", "update_address", "3 Late Street")],
+        simulate(prepare_package="slow"),
+        [
+            ("START", "update_address", "2 Side Street"),
+            ("AWAITING_REVIEW", "approve", ""),
+            ("SHIPPING", "update_address", "3 Late Street"),
+        ],
+        {"address": "2 Side Street"},
     ),
     "signals of any shape": Scenario(
         "REJECTED",
@@ -235,28 +384,26 @@ SCENARIOS: dict[str, Scenario] = {
             ("NOW", "reject", ["n" * 600, "surplus"]),
         ],
     ),
-    "shipping cancelled alone": Scenario(
-        "CANCELLED",
-        VOIDED,
-        {"simulate": {"prepare_package": "late"}},
-        [*YES, ("prepare_package", "CANCEL SHIPPING", None)],
-    ),
 }
 # A cancel, by the signal and by Temporal itself, in each state it can come in.
 CANCELS: list[tuple[str, dict[str, str], dict[str, Any], str]] = [
     ("WAITING", UNPAID, {"wait_seconds": 60}, ""),
     ("AWAITING_REVIEW", UNPAID, {}, ""),
     ("CHARGING", REFUNDED, SLOW_CHARGE, "slow"),
-    ("CHARGING", VOIDED_CHARGE, {"simulate": {"charge_payment": "late"}}, "late"),
-    ("SHIPPING", VOIDED, {"simulate": {"prepare_package": "slow"}}, "slow"),
+    ("CHARGING", VOIDED_CHARGE, simulate(charge_payment="late"), "late"),
+    ("SHIPPING", VOIDED, simulate(prepare_package="slow"), "slow"),
 ]
 for state, left, order, fault in CANCELS:
     for way in ("cancel", "CANCEL"):
         sends = [*(YES if fault else []), (state, way, "stop")]
         SCENARIOS[f"{way} while {state} {fault}"] = Scenario("CANCELLED", left, order, sends)
+# How an order may end, and with what effects, if a message was too late for its slow step.
+FITTING = [("COMPLETED", PAID), ("CANCELLED", REFUNDED), ("CANCELLED", VOIDED)]
 
 
-async def play(client: Client, scenario: Scenario, stage: Stage | None) -> Outcome:
+async def play(
+    client: Client, scenario: Scenario, stage: Stage | None = None, queue: str = ORDERS_QUEUE
+) -> Outcome:
     """Place a scenario's order, send its messages, and gather what came of it."""
     order_id = f"test-{uuid.uuid4().hex[:12]}"
     raw = PATIENT | {"max_attempts": 3, "order_id": order_id} | scenario.order
@@ -266,29 +413,41 @@ async def play(client: Client, scenario: Scenario, stage: Stage | None) -> Outco
             "OrderWorkflow",
             raw,
             id=order_id,
-            task_queue=ORDERS_QUEUE,
+            task_queue=queue,
             id_conflict_policy=WorkflowIDConflictPolicy.USE_EXISTING,
             start_signal=first[1] if first else None,
             start_signal_args=arguments(first[2]) if first else [],
         )
     )
     for state, name, argument in scenario.sends:
-        if state == "START":
-            continue
-        if state != "NOW":
+        if state not in ("START", "NOW"):
             await reach(handle, state)
-        if name == "KILL" and stage:
-            for process in stage.workers:
-                process.kill()
-        elif name == "KILL SERVER" and stage:
-            await stage.kill_server()
-            await stage.start_server()
-        elif name.startswith("CANCEL"):
-            target = f"ship-{order_id}" if name == "CANCEL SHIPPING" else order_id
-            await persist(client.get_workflow_handle(target).cancel)
-        else:
-            await persist(partial(handle.signal, name, args=arguments(argument)))
+        if state != "START":
+            await send(client, handle, name, argument, stage)
     return await gather(handle)
+
+
+async def send(
+    client: Client, handle: Handle, name: str, argument: Any, stage: Stage | None
+) -> None:
+    """Send an order a message, or do what its name says; an order that has ended hears nothing."""
+    if name == "KILL" and stage:
+        for process in stage.workers:
+            process.kill()
+    elif name == "KILL SERVER" and stage:
+        await stage.kill_server()
+        await stage.start_server()
+    else:
+        call: Callable[[], Coroutine[Any, Any, None]]
+        call = partial(handle.signal, name, args=arguments(argument))
+        if name.startswith("CANCEL"):
+            target = f"ship-{handle.id}" if name == "CANCEL SHIPPING" else handle.id
+            call = client.get_workflow_handle(target).cancel
+        try:
+            await persist(call)
+        except RPCError as error:
+            if error.status != RPCStatusCode.NOT_FOUND:
+                raise
 
 
 def arguments(argument: Any) -> list[Any]:
@@ -296,7 +455,7 @@ def arguments(argument: Any) -> list[Any]:
     return argument if isinstance(argument, list) else [argument]
 
 
-async def status_of(handle: WorkflowHandle[Any, Any]) -> dict[str, Any]:
+async def status_of(handle: Handle) -> dict[str, Any]:
     """Query an order's status, again while there is no worker or no server."""
     while True:
         with suppress(RPCError):
@@ -304,16 +463,22 @@ async def status_of(handle: WorkflowHandle[Any, Any]) -> dict[str, Any]:
             return status
 
 
-async def reach(handle: WorkflowHandle[Any, Any], state: str) -> None:
-    """Wait until the order is in a state, or until a step of it has begun."""
+async def reach(handle: Handle, state: str) -> None:
+    """Wait until the order is in a state or beyond, or until a step of it has begun."""
     for _ in range(LONG * 10):
-        if state in STEPS or state == "DISPATCHED":
-            if store.count(handle.id, state) or "dispatch" in ledger(handle.id):
-                return
-        elif (await status_of(handle))["state"] == state:
+        if state == "DISPATCHED":
+            seen = "dispatch" in ledger(handle.id)
+        elif state in STEPS:
+            seen = store.count(handle.id, state) > 0
+        else:
+            seen = (await status_of(handle))["state"] in (state, *ENDS)
+        if seen:
             return
         await asyncio.sleep(0.1)
     raise AssertionError(f"{handle.id} did not reach {state}")
+
+
+ENDS = ("COMPLETED", "CANCELLED", "REJECTED", "EXPIRED", "FAILED")
 
 
 def ledger(order_id: str, what: str = "status") -> dict[str, Any]:
@@ -325,7 +490,13 @@ def ledger(order_id: str, what: str = "status") -> dict[str, Any]:
     return {row["kind"]: row[what] for row in rows}
 
 
-async def gather(handle: WorkflowHandle[Any, Any]) -> Outcome:
+def notes(order_id: str, *types: str) -> list[tuple[str, dict[str, Any]]]:
+    """Read an order's events of these types: their types and payloads."""
+    rows = store.select("SELECT * FROM events WHERE order_id = ? ORDER BY id", order_id)
+    return [(r["type"], json.loads(r["payload_json"])) for r in rows if r["type"] in types]
+
+
+async def gather(handle: Handle) -> Outcome:
     """Wait for an order's end and collect what it left."""
     try:
         ended = await persist(handle.result)
@@ -336,13 +507,16 @@ async def gather(handle: WorkflowHandle[Any, Any]) -> Outcome:
         ended,
         await status_of(handle),
         ledger(handle.id),
+        ledger(handle.id, "idempotency_key"),
         store.select("SELECT * FROM events WHERE order_id = ? ORDER BY id", handle.id),
         await persist(handle.fetch_history),
     )
 
 
 async def play_all(
-    client: Client, scenarios: dict[str, Scenario], stage: Stage | None = None, at_once: int = 24
+    scenarios: dict[str, Scenario],
+    at_once: int,
+    play_one: Callable[[Scenario], Coroutine[Any, Any, Outcome]],
 ) -> dict[str, Any]:
     """Play scenarios side by side and keep what each gave; those against the clock come first.
 
@@ -353,7 +527,7 @@ async def play_all(
 
     async def one(scenario: Scenario) -> Outcome:
         async with places:
-            return await asyncio.wait_for(play(client, scenario, stage), 2 * LONG)
+            return await asyncio.wait_for(play_one(scenario), 2 * LONG)
 
     results: dict[str, Any] = {}
     for group in (urgent, {n: s for n, s in scenarios.items() if n not in urgent}):
@@ -363,17 +537,30 @@ async def play_all(
 
 
 @pytest.fixture(scope="session")
-def played(stage: Stage, worker: subprocess.Popen[bytes]) -> dict[str, Any]:
-    """Play all scenarios, and every fault that passes on every activity, on a worker process."""
+def played(served: Stage) -> dict[str, Any]:
+    """Play all scenarios, then every fault that passes on every activity, on a worker process.
+
+    Meanwhile all scenarios are played on a worker that remembers nothing, and so replays each step.
+    """
+    forgetful = Wing(served, "forgetful")
+    text = (forgetful.code / "worker.py").read_text(encoding="utf-8")
+    assert "\nCACHED = " in text
+    (forgetful.code / "worker.py").write_text(re.sub(r"\nCACHED = \d+", "\nCACHED = 0", text))
+    remembers_nothing = forgetful.start_worker()
 
     async def work() -> dict[str, Any]:
-        client = await connect(stage)
-        outcomes = await play_all(client, SCENARIOS)
+        client = await connect(served)
+        replaying = asyncio.create_task(
+            play_all(SCENARIOS, 12, partial(play, client, queue=forgetful.queues[0]))
+        )
+        outcomes = await play_all(SCENARIOS, 24, partial(play, client))
         stuck = asyncio.gather(*(play_down(client, step) for step in STEPS))
-        outcomes |= await play_all(client, FAULTY, at_once=44)
-        return outcomes | dict(zip(STEPS, await stuck, strict=True))
+        outcomes |= await play_all(FAULTY, 44, partial(play, client))
+        outcomes |= zip(STEPS, await stuck, strict=True)
+        return outcomes | {f"replayed {name}": end for name, end in (await replaying).items()}
 
     outcomes: dict[str, Any] = within(work(), 5 * LONG)
+    served.kill_worker(remembers_nothing)
     return outcomes
 
 
@@ -398,21 +585,50 @@ async def play_down(client: Client, step: str) -> str:
     return state
 
 
-def check(name: str, scenario: Scenario, outcome: Outcome | BaseException) -> None:
+def check(scenario: Scenario, outcome: Outcome | BaseException) -> None:
     """Compare what came of a scenario with what must come of it."""
     if isinstance(outcome, BaseException):
         raise outcome
-    assert (outcome.ended, outcome.effects) == (scenario.ends, scenario.effects)
-    state = scenario.ends if scenario.ends.isupper() else "FAILED"
-    assert outcome.status["state"] == state
-    # Nothing comes after the outcome but the attempts at writing it down.
-    last = [e for e in outcome.events if e["type"] not in ("fault", "record_outcome")][-1]
+    allowed = [(scenario.ends, scenario.effects)]
+    if is_late(scenario, outcome):
+        allowed += FITTING
+    assert (outcome.ended, outcome.effects) in allowed
+    state = outcome.ended if outcome.ended.isupper() else "FAILED"
+    assert outcome.status.items() >= (scenario.status | {"state": state}).items()
+    keys = {kind: key.replace(outcome.status["order_id"], "") for kind, key in outcome.keys.items()}
+    assert keys.items() <= {"charge": "pay-", "reservation": "", "dispatch": ""}.items()
+    # Nothing comes after the outcome but the attempts at writing it down, and those of a child that
+    # has not heard yet that it is cancelled: the tombstone refuses what it may still try.
+    after = ("fault", "record_outcome", "prepare_package", "dispatch_carrier")
+    last = [event for event in outcome.events if event["type"] not in after][-1]
     assert (last["type"], json.loads(last["payload_json"])["state"]) == ("outcome", state)
 
 
+def is_late(scenario: Scenario, outcome: Outcome) -> bool:
+    """Tell whether a busy machine sent the last message when its slow step had answered."""
+    simulate = scenario.order.get("simulate", {})
+    slow = [
+        payload
+        for row in outcome.events
+        if simulate.get(row["type"]) == "slow"
+        for payload in [json.loads(row["payload_json"]) | row]
+        if payload.get("ended") == "ok"
+    ]
+    signals = ("workflow_execution_signaled", "workflow_execution_cancel_requested")
+    sent = [
+        event.event_time.ToDatetime(UTC).timestamp()
+        for event in outcome.history.events
+        if any(event.HasField(f"{name}_event_attributes") for name in signals)  # type: ignore[arg-type]
+    ]
+    heard = len(sent) >= len(scenario.sends)
+    return any(not heard or sent[-1] > step["ts"] + step["seconds"] for step in slow)
+
+
 @pytest.mark.parametrize("name", SCENARIOS)
-def test_order_ends_as_told(name: str, played: dict[str, Any]) -> None:
-    check(name, SCENARIOS[name], played[name])
+@pytest.mark.parametrize("how", ["", "replayed "], ids=["calm", "replayed"])
+def test_order_ends_as_told(how: str, name: str, played: dict[str, Any]) -> None:
+    """Each ends the same when each of its steps is replayed from the start."""
+    check(SCENARIOS[name], played[how + name])
 
 
 # Every fault on every activity. The undo steps need an order that is given up: its packing fails.
@@ -438,11 +654,11 @@ FAULTY = {
 
 @pytest.mark.parametrize("name", FAULTY)
 def test_a_fault_that_passes_changes_nothing(name: str, played: dict[str, Any]) -> None:
-    check(name, FAULTY[name], played[name])
+    check(FAULTY[name], played[name])
     step, fault = name.split()
     attempts = [event for event in played[name].events if event["type"] == step]
-    wanted = {"flaky": 3, "hang": 2}.get(fault, 1)
-    assert len(attempts) == wanted, attempts
+    # A busy machine may miss a heartbeat's second and make one more.
+    assert len(attempts) >= {"flaky": 3, "hang": 2}.get(fault, 1), attempts
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -456,6 +672,33 @@ def test_an_outage_without_end_fails_the_order_but_never_its_compensation(
     else:
         assert played[step] == "OrderGivenUp"
         assert "charged" not in ledger(f"down-{step}").values()
+
+
+def test_what_is_final_is_asked_for_once(played: dict[str, Any]) -> None:
+    events = played["card expired last month"].events
+    assert [event["type"] for event in events].count("charge_payment") == 1
+
+
+def test_each_timer_is_called_what_it_is(played: dict[str, Any]) -> None:
+    """The Web UI shows these names; here each timer has seconds of its own."""
+    names = {5: "Requested wait", 600: "Deadline"}
+    seen: Counter[float] = Counter()
+    for event in played["approved while it waits"].history.events:
+        if event.HasField("timer_started_event_attributes"):
+            timer = event.timer_started_event_attributes.start_to_fire_timeout
+            whole = next((s for s in names if s - 5 < timer.ToTimedelta().total_seconds() <= s), 0)
+            assert json.loads(event.user_metadata.summary.data or '""') == names[whole]
+            seen[whole] += 1
+    assert seen[5] == 1 and seen[600] >= 1
+
+
+def test_a_deadline_of_no_time_at_all_is_met_without_a_traceback(
+    stage: Stage, played: dict[str, Any]
+) -> None:
+    """The event loop once printed one, of a timer that had fired before it was set."""
+    check(SCENARIOS["deadline at once"], played["deadline at once"])
+    log = (stage.folder / "workers.log").read_text(encoding="utf-8")
+    assert "receiving" in log and "Exception in callback" not in log
 
 
 # The crash matrix: a process dies in every activity, before and after its effect.
@@ -474,7 +717,7 @@ CRASHES = {
     "worker killed while the child runs": Scenario(
         "COMPLETED",
         PAID,
-        PATIENT | {"simulate": {"prepare_package": "slow"}},
+        PATIENT | simulate(prepare_package="slow"),
         [*YES, ("prepare_package", "KILL", None)],
     ),
     "server killed in a charge": Scenario(
@@ -485,25 +728,24 @@ CRASHES = {
         "COMPLETED", PAID, PATIENT | {"wait_seconds": 15}, [*YES, ("WAITING", "KILL SERVER", None)]
     ),
 }
-CALM = {"COMPLETED": "approved", "CANCELLED": "cancel while SHIPPING slow"}  # the same without
 
 
 @pytest.fixture(scope="session")
 def crashed(stage: Stage) -> dict[str, Any]:
     """Play the crash matrix on some workers, each revived when it dies."""
-    for process in list(stage.workers):
-        stage.kill_worker(process)
+    leave_workers(stage, 0)
     for _ in range(5):  # the fewer there are, the more orders each death holds up
         stage.start_worker()
 
     async def work() -> dict[str, Any]:
         client = await connect(stage)
         reviving = asyncio.create_task(revive(stage))
-        outcomes = await play_all(client, CRASHES, stage, at_once=44)
+        outcomes = await play_all(CRASHES, 44, lambda scenario: play(client, scenario, stage))
         reviving.cancel()
         return outcomes
 
     outcomes: dict[str, Any] = within(work(), 5 * LONG)
+    leave_workers(stage, 1)
     return outcomes
 
 
@@ -514,54 +756,20 @@ async def revive(stage: Stage) -> None:
         await asyncio.sleep(0.1)
 
 
-def rows(outcome: Outcome) -> list[tuple[Any, ...]]:
-    """List what an order left in the ledger, without its id."""
-    order_id = outcome.status["order_id"]
-    return sorted(
-        (
-            row["kind"],
-            row["idempotency_key"].replace(order_id, ""),
-            row["amount_cents"],
-            row["status"],
-        )
-        for row in store.select("SELECT * FROM effects WHERE order_id = ?", order_id)
-    )
+def leave_workers(stage: Stage, number: int) -> None:
+    """Kill all workers but so many."""
+    stage.revive()
+    for process in stage.workers[number:]:
+        stage.kill_worker(process)
 
 
 @pytest.mark.parametrize("name", CRASHES)
-def test_a_crash_leaves_the_same_ledger_as_a_calm_run(
-    name: str, played: dict[str, Any], crashed: dict[str, Any]
-) -> None:
-    scenario, outcome = CRASHES[name], crashed[name]
-    check(name, scenario, outcome)
-    assert rows(outcome) == rows(played[CALM[scenario.ends]])
+def test_a_crash_leaves_the_same_ledger_as_a_calm_run(name: str, crashed: dict[str, Any]) -> None:
+    outcome = crashed[name]
+    check(CRASHES[name], outcome)
     step, _, fault = name.partition(" ")
     if fault.startswith("crash"):
         assert json.dumps({step: fault}) in [event["payload_json"] for event in outcome.events]
-
-
-@pytest.fixture(scope="session")
-def replayed(stage: Stage, played: dict[str, Any]) -> dict[str, Any]:
-    """Play all scenarios on workers that remember nothing: each step replays from the start."""
-    for process in list(stage.workers):
-        stage.kill_worker(process)
-
-    async def work() -> dict[str, Any]:
-        client = await connect(stage)
-        forgetful, shipping = make_workers(client, max_cached_workflows=0)
-        async with forgetful, shipping:
-            return await play_all(client, SCENARIOS)
-
-    outcomes: dict[str, Any] = within(work(), 5 * LONG)
-    stage.start_worker()
-    return outcomes
-
-
-@pytest.mark.parametrize("name", SCENARIOS)
-def test_order_ends_the_same_when_each_step_is_replayed(
-    name: str, replayed: dict[str, Any]
-) -> None:
-    check(name, SCENARIOS[name], replayed[name])
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
@@ -569,7 +777,9 @@ def test_each_history_replays(name: str, played: dict[str, Any]) -> None:
     within(Replayer(workflows=[OrderWorkflow]).replay_workflow(played[name].history))
 
 
-@pytest.mark.parametrize("name", ["approved", "dispatch fails three times", "card expired"])
+@pytest.mark.parametrize(
+    "name", ["approved", "dispatch fails three times", "cancelled both ways at once"]
+)
 def test_each_prefix_of_a_history_replays(name: str, played: dict[str, Any]) -> None:
     history = played[name].history
 
@@ -623,30 +833,15 @@ def test_a_stop_is_obeyed_that_comes_together_with_a_steps_answer(stage: Stage, 
 def with_late_timer(outcome: Outcome) -> WorkflowHistory:
     """Tell such a history as if a busy server had not fired the deadline's timer by that task."""
     events = [HistoryEvent.FromString(e.SerializeToString()) for e in outcome.history.events[:13]]
-    fired = events.pop(9).timer_fired_event_attributes
-    _, completed, record_outcome = events[9:]
-    attributes = TimerCanceledEventAttributes(
-        timer_id=fired.timer_id,
-        started_event_id=fired.started_event_id,
-        workflow_task_completed_event_id=11,
-    )
-    events.insert(
-        11,
-        HistoryEvent(
-            event_type=EventType.EVENT_TYPE_TIMER_CANCELED,
-            timer_canceled_event_attributes=attributes,
-        ),
-    )
+    del events[9]
     for number, event in enumerate(events, 1):
         event.event_id = number
-    completed.workflow_task_completed_event_attributes.started_event_id = 10
-    record_outcome.activity_task_scheduled_event_attributes.workflow_task_completed_event_id = 11
+    events[10].workflow_task_completed_event_attributes.started_event_id = 10
+    events[11].activity_task_scheduled_event_attributes.workflow_task_completed_event_id = 11
     return WorkflowHistory(outcome.history.workflow_id, events)
 
 
-RED = "\x1b[31mred\u202e\n"  # a colour, a reversal of the text and a line of its own
 NAN, INF = float("nan"), float("inf")
-STUCK = "prepare_package=down"
 
 # The limits of an order: {field: (good values, bad values)}.
 
@@ -656,7 +851,7 @@ LIMITS: dict[str, tuple[list[Any], list[Any]]] = {
     "order_id": (["A-z.0_9", "x" * 100, "a-ship-1"], ["", "ship-1", "charge-1", *BAD_ID]),
     "customer_id": (["a", "x" * 100, "ship-1"], ["", *BAD_ID]),
     "amount_cents": ([1, 10**8], [0, -1, 10**8 + 1, 12.5, 100.0, True, "100", None, NAN, INF]),
-    "payment_id": (["p", "x" * 100], BAD_ID),
+    "payment_id": (["p", "x" * 104], [bad * 2 if bad == "x" * 101 else bad for bad in BAD_ID]),
     "address": (["1", " 1 ", "x" * 200, RED], ["", " \t\n", "x" * 201, 5, None, ["1"]]),
     "card_expiry": (["01/30", "12/99"], ["", "13/30", "00/30", "1/30", "12/2030", "12/30\n", 1230]),
     "wait_seconds": ([0, 0.5, 86_400], [*BAD_SECONDS, None]),
@@ -750,10 +945,9 @@ def test_what_was_undone_is_refused_for_good_and_a_package_that_left_stays_away(
 
 
 def test_a_note_is_written_once_and_each_attempt_leaves_a_row(empty_store: None) -> None:
-    noted = [store.record("o", "approve", {"n": n}) for n in (1, 1, 2)]
-    assert [bool(id_) for id_ in noted] == [True, False, True]
+    assert [store.note("o", "approve", {"n": n}) for n in (1, 1, 2)] == [True, False, True]
     # Each new child begins at attempt 1 again.
-    tried = {store.record("o", "prepare_package", {}, attempt=1) for _ in range(2)}
+    tried = {store.begin("o", "prepare_package", 1, {}) for _ in range(2)}
     assert len(tried) == 2 and 0 not in tried
     assert (store.count("o", "approve"), store.count("o", "prepare_package")) == (2, 2)
 
@@ -762,7 +956,7 @@ def test_a_store_that_is_deleted_is_made_anew_and_keeps_all_it_is_given(empty_st
     look = (
         "import charge_store as s; print(len(s.select('SELECT * FROM charges')), s.count('o', 'x'))"
     )
-    charge, note = partial(store.perform, *CHARGE), partial(store.record, "o", "x", {}, 1)
+    charge, note = partial(store.perform, *CHARGE), partial(store.begin, "o", "x", 1, {})
     for first, second in ((charge, note), (note, charge), (charge, note)):
         first()
         second()
@@ -776,17 +970,30 @@ def test_a_store_that_is_deleted_is_made_anew_and_keeps_all_it_is_given(empty_st
 def test_money_and_decisions_are_on_disk_when_answered_and_notes_soon_after(
     empty_store: None,
 ) -> None:
-    ran: dict[str, list[str]] = {"FULL": [], "NORMAL": []}
-    for level, number in (("FULL", 2), ("NORMAL", 1)):
-        with store.connect(level) as connection:
-            assert connection.execute("PRAGMA synchronous").fetchone()[0] == number
-            connection.set_trace_callback(ran[level].append)
-    store.perform(*CHARGE)
-    store.undo(*CHARGE)
-    store.record("o", "approve", {})
-    assert (len(ran["FULL"]), len(ran["NORMAL"])) == (3, 0)
-    store.finish(store.record("o", "charge_payment", {}, 1), "ok", 1)
-    assert (len(ran["FULL"]), len(ran["NORMAL"])) == (3, 2)
+    ran: list[str] = []
+    with store.connect() as connection:
+        connection.set_trace_callback(ran.append)
+    for level, call in (
+        ("FULL", partial(store.perform, *CHARGE)),
+        ("FULL", partial(store.undo, *CHARGE)),
+        ("FULL", partial(store.note, "o", "approve", {})),
+        ("NORMAL", partial(store.begin, "o", "charge_payment", 1, {})),
+        ("NORMAL", partial(store.finish, 2, "ok", 1)),
+    ):
+        ran.clear()
+        call()
+        assert ran[0] == f"PRAGMA synchronous = {level}" and ran[1][:6] in ("INSERT", "UPDATE")
+
+
+def test_what_a_killed_process_wrote_is_in_the_file_itself_once_it_is_opened_again(
+    empty_store: None, tmp_path: Path
+) -> None:
+    write = f"import os, charge_store as s; s.perform(*{CHARGE}); os._exit(137)"
+    assert subprocess.run([sys.executable, "-c", write], cwd=HERE).returncode == 137
+    assert store.effects_of("o")  # which opens it
+    copy = shutil.copy(store.store_path(), tmp_path / "without-its-wal.db")
+    with closing(sqlite3.connect(copy)) as alone:
+        assert len(alone.execute("SELECT * FROM effects").fetchall()) == 1
 
 
 ALL = "charge reservation dispatch"
@@ -794,6 +1001,7 @@ AUDITED = [  # effects in force, outcomes in turn, and how many lines the audit 
     ("", "", 0),
     (ALL, "COMPLETED", 0),
     (ALL, "FAILED COMPLETED", 0),
+    (ALL, "COMPLETED CANCELLED COMPLETED", 0),
     (ALL, "COMPLETED FAILED", 3),
     (ALL, "", 0),
     ("charge reservation", "COMPLETED", 1),
@@ -802,7 +1010,8 @@ AUDITED = [  # effects in force, outcomes in turn, and how many lines the audit 
     ("", "EXPIRED", 0),
     (f"charge {ALL}", "", 1),
     (f"charge {ALL}", "COMPLETED", 1),
-    ("dispatch dispatch reservation reservation", "", 2),
+    ("dispatch reservation", "", 1),
+    ("dispatch dispatch reservation reservation", "", 3),
 ]
 
 
@@ -813,32 +1022,26 @@ def test_the_audit_has_a_line_for_each_effect_that_does_not_fit_the_last_outcome
     for number, kind in enumerate(in_force.split()):
         store.perform(kind, f"k{number}", RED, "c", 5)
         store.undo(kind, f"v{number}", RED, "c", 5)  # what is voided counts for nothing
-    for state in outcomes.split():
-        store.record(RED, "outcome", {"state": state})
-    done = cli("charge_store.py --audit")
-    assert (done.returncode, done.stderr) == (violations > 0, "") and "\x1b" not in done.stdout
-    assert len(done.stdout.splitlines()) == max(violations, 1)
+    for number, state in enumerate(outcomes.split()):
+        store.note(RED, "outcome", {"state": state, "run": number})
+    orders, lines = store.audit()
+    assert (orders, len(lines)) == (bool(in_force or outcomes), violations)
+    done = run("charge_store.py", "--audit")
+    assert done.returncode == (violations > 0) and "\x1b" not in done.stdout + done.stderr
+    assert len((done.stdout + done.stderr).splitlines()) >= max(violations, 1)
+
+
+def test_a_ledger_that_is_not_there_is_not_clean(empty_store: None) -> None:
+    answers(run("charge_store.py", "--audit"), 1, str(store.store_path()))
+    assert not store.store_path().exists()
+    store.perform(*CHARGE)
+    answers(run("charge_store.py", "--audit"), 0, "audit: 1 orders, clean")
 
 
 # Orders that our scripts would not send: straight to the server.
 
-
-@pytest.fixture(scope="session")
-def served(stage: Stage, worker: subprocess.Popen[bytes]) -> Stage:
-    """Set the stage with a worker on it."""
-    return stage
-
-
-def bounded(test: Callable[[Client], Coroutine[Any, Any, None]]) -> Callable[[Stage], None]:
-    """Make a test of an async one: in a loop of its own, with a client, bounded."""
-
-    async def work(stage: Stage) -> None:
-        await test(await connect(stage))
-
-    return lambda served: within(work(served))
-
-
-WHOLE: list[Any] = [[], [None], ["an order"], [5], [{}], [[{"order_id": "bad-"}]]]
+NOT_JSON = RawValue(Payload(metadata={"encoding": b"json/plain"}, data=b"{"))
+WHOLE: list[Any] = [[], [None], ["an order"], [5], [{}], [[{"order_id": "bad-"}]], [NOT_JSON]]
 WHOLE += [[{"order_id": "bad-other"}], [{"order_id": "bad-1"}, {"order_id": "bad-1"}]]
 FIELDS: list[Any] = [{"colour": "red"}, {"max_attempts": -1}, {"wait_seconds": NAN}]
 FIELDS += [{"review_seconds": 1e300}, {"amount_cents": True}, {"deadline_seconds": "5"}]
@@ -849,15 +1052,17 @@ KINDS = {
 }
 
 
-@bounded
-async def test_a_malformed_order_fails_at_once_and_leaves_no_trace(client: Client) -> None:
+@side_by_side
+async def test_a_malformed_order_fails_at_once_and_leaves_no_trace(stage: Stage) -> None:
+    client = await connect(stage)
+
     async def send(kind: str, inputs: Any) -> str:
         (queue, prefix, order_prefix), name = KINDS[kind], f"bad-{uuid.uuid4().hex}"
         if isinstance(inputs, dict):
             inputs = [{"order_id": order_prefix + name} | inputs]
         sent = client.execute_workflow(kind, args=inputs, id=prefix + name, task_queue=queue)
         with pytest.raises(WorkflowFailureError) as failed:
-            await asyncio.wait_for(sent, LONG / 2)
+            await asyncio.wait_for(sent, LONG)
         return str(getattr(failed.value.cause, "type", failed.value.cause))
 
     sent = [(kind, inputs) for kind in KINDS for inputs in [*WHOLE, *FIELDS]]
@@ -871,37 +1076,34 @@ async def test_a_malformed_order_fails_at_once_and_leaves_no_trace(client: Clien
 # Updates, and the trail that an order leaves.
 
 
-async def place(client: Client, approved: bool = True, **fields: Any) -> WorkflowHandle[Any, Any]:
+async def place(stage: Stage, approved: bool = True, **fields: Any) -> Handle:
     """Place an order, approved in advance or not."""
     raw = PATIENT | {"order_id": f"more-{uuid.uuid4().hex}"} | fields
-    yes = "approve" if approved else None
-    return await client.start_workflow(
-        "OrderWorkflow", raw, id=raw["order_id"], task_queue=ORDERS_QUEUE, start_signal=yes
+    return await (await connect(stage)).start_workflow(
+        "OrderWorkflow",
+        raw,
+        id=raw["order_id"],
+        task_queue=ORDERS_QUEUE,
+        start_signal="approve" if approved else None,
     )
 
 
-async def refusal(handle: WorkflowHandle[Any, Any], address: str) -> str:
+async def refusal(handle: Handle, address: str) -> str:
     """Update the address, which must be refused, and return the reason."""
     with pytest.raises((WorkflowUpdateFailedError, RPCError)) as refused:
         await handle.execute_update("update_address", address)
     return str(refused.value.__cause__ or refused.value)
 
 
-async def updates(handle: WorkflowHandle[Any, Any]) -> int:
+async def updates(handle: Handle) -> int:
     """Count the events of updates in a history."""
     history = await handle.fetch_history()
     return sum("_update_" in str(event.WhichOneof("attributes")) for event in history.events)
 
 
-def notes(order_id: str, *types: str) -> list[tuple[str, dict[str, Any]]]:
-    """Read an order's events of these types: their types and payloads."""
-    rows = store.select("SELECT * FROM events WHERE order_id = ? ORDER BY id", order_id)
-    return [(r["type"], json.loads(r["payload_json"])) for r in rows if r["type"] in types]
-
-
-@bounded
-async def test_an_address_changes_and_a_refused_update_leaves_no_event(client: Client) -> None:
-    handle = await place(client, approved=False)
+@side_by_side
+async def test_an_address_changes_and_a_refused_update_leaves_no_event(stage: Stage) -> None:
+    handle = await place(stage, approved=False)
     await reach(handle, "AWAITING_REVIEW")
     for bad in (" ", "x" * 201):
         assert "must be 1 to 200 characters" in await refusal(handle, bad)
@@ -915,10 +1117,10 @@ async def test_an_address_changes_and_a_refused_update_leaves_no_event(client: C
     assert "completed" in await refusal(handle, "3 Late Street")
 
 
-@bounded
-async def test_once_shipping_has_begun_the_address_stays(client: Client) -> None:
+@side_by_side
+async def test_once_shipping_has_begun_the_address_stays(stage: Stage) -> None:
     simulate = {"prepare_package": "down"}
-    handle = await place(client, approved=False, address="1 Own Road", simulate=simulate)
+    handle = await place(stage, approved=False, address="1 Own Road", simulate=simulate)
     await handle.signal("approve", "fine")
     await reach(handle, "prepare_package")
     assert "too late, the order is SHIPPING" in await refusal(handle, "3 Late Street")
@@ -937,10 +1139,16 @@ async def test_once_shipping_has_begun_the_address_stays(client: Client) -> None
     assert blank[0] == " " and late == ("3 Late Street", "too late, the order is SHIPPING")
 
 
-@bounded
-async def test_an_update_sent_with_its_order_runs_before_the_first_line(client: Client) -> None:
+@side_by_side
+async def test_the_longest_order_id_there_is_goes_through(stage: Stage) -> None:
+    assert (await gather(await place(stage, order_id="x" * 100))).ended == "COMPLETED"
+
+
+@side_by_side
+async def test_an_update_sent_with_its_order_runs_before_the_first_line(stage: Stage) -> None:
     raw = PATIENT | {"order_id": "more-start", "review": "timer", "review_seconds": 0}
     fail = WorkflowIDConflictPolicy.FAIL
+    client = await connect(stage)
     start: WithStartWorkflowOperation[Any, Any] = WithStartWorkflowOperation(
         "OrderWorkflow", raw, id="more-start", task_queue=ORDERS_QUEUE, id_conflict_policy=fail
     )
@@ -952,10 +1160,10 @@ async def test_an_update_sent_with_its_order_runs_before_the_first_line(client: 
     assert notes("more-start", "dispatch_carrier")[0][1]["address"] == "4 New Street"
 
 
-@bounded
-async def test_attempts_and_decisions_leave_rows_and_the_outcome_is_last(client: Client) -> None:
+@side_by_side
+async def test_attempts_and_decisions_leave_rows_and_the_outcome_is_last(stage: Stage) -> None:
     simulate = {"charge_payment": "flaky", "prepare_package": "down"}
-    handle = await place(client, simulate=simulate)
+    handle = await place(stage, simulate=simulate)
     await reach(handle, "prepare_package")
     await handle.signal("reject", "too late")
     await handle.signal("cancel", "enough")
@@ -984,242 +1192,458 @@ async def test_attempts_and_decisions_leave_rows_and_the_outcome_is_last(client:
     assert outcome.events[-1]["type"] == "outcome" and outcome.effects == VOIDED
 
 
-@bounded
-async def test_a_second_order_on_one_payment_id_leaves_the_first_its_charge(client: Client) -> None:
-    first, second = [await gather(await place(client, payment_id="pay-more")) for _ in range(2)]
+@side_by_side
+async def test_a_second_order_on_one_payment_id_leaves_the_first_its_charge(stage: Stage) -> None:
+    first, second = [await gather(await place(stage, payment_id="pay-more")) for _ in range(2)]
     assert (first.ended, second.ended) == ("COMPLETED", "PaymentConflict")
     assert second.effects == UNPAID and ledger(first.status["order_id"]) == PAID
 
 
-# The command lines, as processes: an exit code, something that must be said, and the command as in
-# a shell, in which some words stand for others and {a,b} for each of a and b.
-
-NOT_THERE = "TEMPORAL_ADDRESS=127.0.0.1:1"  # nothing listens there
-WORDS = {"EMPTY": "", "BLANK": " ", "RED": RED, "--RED": f"--{RED}", "NOT_UTF8": "\udcff"}
-WORDS |= {f"X{n}": "x" * n for n in (101, 201, 501, 2000)}
-TYPED = ascii(RED)[1:-1]  # how RED must be printed
-WORDY = """
-2 | starter.py | starter.py {--RED,order EMPTY,order ship-1,order charge-1,order RED,order X101}
-2 | starter.py | starter.py order {--RED,--review=x,--card-expiry=13/30,--deadline=-1}
-2 | --amount | starter.py order --amount {1.234,-1,abc,EMPTY,nan,1e3}
-2 | amount_cents | starter.py {order --amount 1000000.01,charge --amount 0}
-2 | address | starter.py order --address {EMPTY,BLANK,X201}
-2 | starter.py | starter.py {order --payment-id EMPTY,charge --customer-id EMPTY,charge surplus}
-2 | seconds | starter.py {order --wait nan,order --review-seconds inf,charge --wait -1}
-2 | attempts | starter.py order --max-attempts {101,1.5}
-2 | STEP=FAULT | starter.py order --simulate {charge_payment,step=down,charge_payment=RED}
-2 | signals.py | signals.py {RED,status,update-address o,approve o --RED,list --limit -1}
-2 | 500 | signals.py {approve o --note,cancel o --reason} X501
-2 | .py | {worker.py EMPTY,worker.py RED,charge_store.py --RED}
-0 | usage: | {worker.py,charge_store.py,starter.py charge,starter.py order,starter.py crash} --help
-0 | usage: | starter.py {chaos --help,--help}
-0 | usage: | signals.py {approve,cancel,update-address,watch,history,list} --help
-"""
-ANSWERS = f"""
-2 | LOG_LEVEL | LOG_LEVEL=RED worker.py
-2 | starter.py | starter.py order {{NOT_UTF8,--amount --RED}}
-2 | 500 | signals.py approve o --note X501
-0 | usage: | signals.py --help
-1 | see: | signals.py {{approve,reject,cancel,status,watch,history,events}} nobody
-1 | see: | signals.py {{update-address nobody 3,approve X2000}}
-2 | not valid text | signals.py {{status,events}} NOT_UTF8
-1 | see: | signals.py status EMPTY
-1 | nothing of | charge_store.py RED
-1 | no Temporal server | {NOT_THERE} {{starter.py order,signals.py approve o}}
-1 | no Temporal server | TEMPORAL_ADDRESS={{127.0.0.1:1,RED,SILENT}} worker.py
-1 | configuration | TEMPORAL_PROFILE=no-such worker.py
-1 | CHARGE_STORE | CHARGE_STORE=no-such-folder/store.db charge_store.py
-"""
-STORIES = f"""
-an order is followed to its end and then it is too late
-0 | done COMPLETED | starter.py order done --review timer --review-seconds 0 --wait-result
-1 | finished already: nothing was started | starter.py order done
-1 | too late | signals.py {{approve done,reject done,cancel done,update-address done 3}}
-0 | COMPLETED | signals.py {{status,watch,events}} done
-0 | the workflow is complete | signals.py history done
-0 | requests 1, charged once | charge_store.py done
-
-a running order is attached to and what people typed is escaped
-0 | open started | starter.py order open --address RED --review-seconds 600 --deadline 600
-0 | open is running already | starter.py order open
-0 | {TYPED} | signals.py status open
-1 | must be 1 to 200 characters | signals.py update-address open BLANK
-0 | open: goes to | signals.py update-address open X101
-0 | reject sent | signals.py reject open --note RED
-0 | open REJECTED | signals.py watch open
-0 | note={TYPED} | signals.py events open
-0 | address={TYPED} | charge_store.py open
-
-the first decision stands and to be cancelled is not to fail
-0 | late started | starter.py order late --deadline 600 --max-attempts 0 --simulate {STUCK}
-0 | approve sent | signals.py approve late
-1 | only recorded | signals.py reject late
-0 | cancel sent | signals.py cancel late
-0 | late CANCELLED | signals.py watch late
-
-an order that failed says why
-1 | card expired 12/20 | starter.py order bad --card-expiry 12/20 --review timer --wait-result
-1 | bad FAILED | signals.py watch bad
-
-the same charge again is the same workflow and charged once
-0 | charge-c-1230 charged | starter.py charge --customer-id c --amount 12.3 --wait-result
-0 | charge-c-1230 charged | starter.py charge --customer-id c --amount 12.30 --wait-result
-0 | requests 2, charged once | charge_store.py charge-c-1230
-
-an id that somebody else gave a workflow is escaped
-1 | too late | signals.py {{approve RED,update-address RED 3}}
-1 | {TYPED} FAILED | signals.py watch RED
-0 | {TYPED} | signals.py {{status RED,list}}
-"""
-ALONE = """
-0 | no worker answers; start one | starter.py order new
-1 | no worker answers; start one | signals.py {status new,update-address new 3}
-0 | approve sent; no worker answers | signals.py approve new
-"""
-Steps = list[tuple[int, str, str]]
-Done = subprocess.CompletedProcess[str]
+@side_by_side
+async def test_what_comes_late_is_refused_and_counted(stage: Stage) -> None:
+    for step, kind in (("charge_payment", "charge"), ("dispatch_carrier", "dispatch")):
+        handle = await place(stage, simulate={step: "late"})
+        await reach(handle, step)
+        await handle.signal("cancel")
+        outcome = await gather(handle)
+        assert (outcome.ended, outcome.effects[kind]) == ("CANCELLED", "voided")
+        for _ in range(LONG * 10):
+            if ledger(handle.id, "requests")[kind] == 1:
+                break
+            await asyncio.sleep(0.1)
+        assert ledger(handle.id, "requests")[kind] == 1
+        assert ledger(handle.id) == outcome.effects
 
 
-def steps(text: str) -> Steps:
-    """Read lines of: exit code | what must be said | command."""
-    parts = [line.split(" | ") for line in text.strip().splitlines()]
-    return [(int(code), says, one) for code, says, many in parts for one in expand(many)]
+# Resets: another run of an order, which knows nothing of what the one before did.
 
 
-def expand(line: str) -> list[str]:
-    """Spell {a,b} out, as a shell does."""
-    head, brace, rest = line.partition("{")
-    values, _, tail = rest.partition("}")
-    return [o for v in values.split(",") for o in expand(head + v + tail)] if brace else [line]
+async def reset(stage: Stage, handle: Handle, task: int = 0, forget: bool = True) -> Handle:
+    """Reset an order to its first workflow task, or a later one, and forget its signals or not."""
+    client, history = await connect(stage), await handle.fetch_history()
+    tasks = [e for e in history.events if e.HasField("workflow_task_completed_event_attributes")]
+    left_out = [ResetReapplyExcludeType.RESET_REAPPLY_EXCLUDE_TYPE_SIGNAL]
+    request = ResetWorkflowExecutionRequest(
+        namespace=client.namespace,
+        workflow_execution=WorkflowExecution(workflow_id=handle.id),
+        reason="to see what comes of it",
+        workflow_task_finish_event_id=tasks[task].event_id,
+        request_id=uuid.uuid4().hex,
+        reset_reapply_exclude_types=left_out if forget else [],
+    )
+    answer = await client.workflow_service.reset_workflow_execution(request)
+    return client.get_workflow_handle(handle.id, run_id=answer.run_id)
 
 
-STORY = [story.partition("\n") for story in STORIES.strip().split("\n\n")]
-FLOWS = {title: steps(text) for title, _, text in STORY}
-FLOWS |= {step[2]: [step] for step in steps(ANSWERS)}
+async def completed(stage: Stage, **fields: Any) -> Handle:
+    """Place an order, approve it in its review, and see it completed."""
+    handle = await place(stage, approved=False, **fields)
+    await reach(handle, "AWAITING_REVIEW")
+    await handle.signal("approve")
+    assert (await gather(handle)).ended == "COMPLETED"
+    return handle
 
 
-def cli(line: str, **environment: str) -> Done:
-    """Run a command in pipes, bounded."""
-    words = line.split(" ")
-    while "=" in words[0]:
-        name, _, value = words.pop(0).partition("=")
-        environment[name] = WORDS.get(value, value)
-    arguments = [sys.executable, *(WORDS.get(word, word) for word in words)]
-    pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True}
-    pipes |= {"cwd": HERE, "env": os.environ | environment, "errors": "replace"}
-    try:
-        return subprocess.run(arguments, timeout=30, **pipes)
-    except subprocess.TimeoutExpired:
-        return Done(arguments, 124, "", "no end after 30 s")
+async def check_complete(handle: Handle) -> None:
+    """See a run completed, as the package has left, whatever was asked of it."""
+    outcome = await gather(handle)
+    assert (outcome.ended, outcome.effects) == ("COMPLETED", PAID)
+    assert fits(handle.id)
 
 
-def here(line: str) -> Done:
-    """Run a command in this process, to save the second of imports, if it only looks at words."""
-    arguments = [WORDS.get(word, word) for word in line.split(" ")]
-    out, err, at_kill = io.StringIO(), io.StringIO(), signal.getsignal(signal.SIGTERM)
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
-        patch.setattr(sys, "argv", arguments)
-        patch.setenv(*NOT_THERE.split("="))
-        with pytest.raises(SystemExit) as end:
-            runpy.run_path(str(HERE / arguments[0]), run_name="__main__")
-    signal.signal(signal.SIGTERM, at_kill)
-    assert isinstance(end.value.code, int)
-    return Done(arguments, end.value.code, out.getvalue(), err.getvalue())
+def fits(order_id: str) -> bool:
+    """Tell whether an order's effects fit its last outcome."""
+    return not [violation for violation in store.audit()[1] if order_id in violation]
 
 
-def check_step(step: tuple[int, str, str], done: Done) -> None:
-    """Compare an answer: the code, the words; all escaped; one line on stderr only if it failed."""
-    code, says, line = step
-    assert done.returncode == code and says in (done.stderr if code else done.stdout), (line, done)
-    assert (done.stdout + done.stderr).replace("\n", "").isprintable(), (line, done)
-    assert len(done.stderr.splitlines()) == (code != 0), (line, done.stderr)
+@side_by_side
+async def test_an_order_that_is_reset_and_cancelled_in_its_review_is_complete(stage: Stage) -> None:
+    handle = await reset(stage, await completed(stage))
+    await reach(handle, "AWAITING_REVIEW")
+    await handle.cancel()
+    await check_complete(handle)
 
 
-def run_flows(flows: dict[str, Steps], address: str) -> dict[str, list[Done]]:
-    """Run flows side by side, and the steps of each in turn."""
-
-    def run(flow: Steps) -> list[Done]:
-        return [cli(line, TEMPORAL_ADDRESS=address) for _, _, line in flow]
-
-    with ThreadPoolExecutor(4) as pool:
-        return dict(zip(flows, pool.map(run, flows.values()), strict=True))
+@side_by_side
+async def test_an_order_that_is_reset_and_cancelled_in_its_charge_is_complete(stage: Stage) -> None:
+    handle = await reset(stage, await completed(stage, **SLOW_CHARGE), forget=False)
+    await reach(handle, "CHARGING")
+    await handle.signal("cancel")
+    await check_complete(handle)
 
 
-@pytest.mark.parametrize("step", steps(WORDY), ids=lambda step: step[2])
-def test_wrong_usage_exits_2_with_one_line_and_each_command_has_help(
-    step: tuple[int, str, str],
+@side_by_side
+async def test_an_order_that_is_reset_and_expires_is_complete(stage: Stage) -> None:
+    await check_complete(await reset(stage, await completed(stage, review_seconds=4)))
+
+
+@side_by_side
+async def test_an_order_that_is_reset_past_its_deadline_is_complete(stage: Stage) -> None:
+    handle = await completed(stage, deadline_seconds=8)
+    await asyncio.sleep(8)
+    await check_complete(await reset(stage, handle, task=1, forget=False))
+
+
+@side_by_side
+async def test_an_order_that_is_reset_while_its_old_child_still_ships_is_complete(
+    stage: Stage,
 ) -> None:
-    check_step(step, here(step[2]))
+    handle = await place(stage, **simulate(prepare_package="slow"))
+    await reach(handle, "prepare_package")
+    await check_complete(await reset(stage, handle, forget=False))
 
 
-@pytest.fixture(scope="session")
-def told(served: Stage) -> dict[str, list[Done]]:
-    """Run all flows on a stage with a worker, where one workflow has an id of RED."""
+@side_by_side
+async def test_the_audit_takes_the_outcome_of_an_orders_last_run(stage: Stage) -> None:
+    handle = await completed(stage)
+    for message in ("cancel", "approve"):
+        handle = await reset(stage, handle)
+        await handle.signal(message)
+        await check_complete(handle)
+    assert [payload["state"] for _, payload in notes(handle.id, "outcome")] == ["COMPLETED"] * 3
 
+
+@side_by_side
+async def test_an_order_id_that_the_server_forgot_is_the_same_order_or_is_refused(
+    stage: Stage,
+) -> None:
+    orders = [await completed(stage, order_id=f"again-{n}") for n in range(2)]
+    told = notes("again-1", "outcome")
+    await asyncio.gather(*(forget(stage, handle) for handle in orders))
+    await completed(stage, order_id="again-0")
+    assert ledger("again-0", "requests")["charge"] == 2
+    outcome = await gather(await place(stage, order_id="again-1", amount_cents=5))
+    assert (outcome.ended, outcome.effects) == ("OrderConflict", PAID)
+    assert ledger("again-1", "requests")["charge"] == 1
+    assert notes("again-1", "outcome") == told and fits("again-1")
+
+
+async def forget(stage: Stage, handle: Handle) -> None:
+    """Have the server forget a workflow, as when its retention is over; it takes half a minute."""
+    client, execution = await connect(stage), WorkflowExecution(workflow_id=handle.id)
+    request = DeleteWorkflowExecutionRequest(
+        namespace=client.namespace, workflow_execution=execution
+    )
+    await client.workflow_service.delete_workflow_execution(request)
+    with pytest.raises(RPCError, match="not found"):
+        for _ in range(LONG * 10):
+            await client.get_workflow_handle(handle.id).describe()
+            await asyncio.sleep(0.1)
+
+
+# Floods of messages, before, during and after a death.
+
+
+def messages(number: int, *kinds: tuple[str, str]) -> list[tuple[str, str]]:
+    """List so many messages, of these kinds in turn."""
+    return list(itertools.islice(itertools.cycle(kinds), number))
+
+
+MOVES = [("update_address", "2 Side Street"), ("update_address", " "), ("dispatch_failed", "?")]
+MIX = [*MOVES, ("approve", "again"), ("reject", "again")]
+
+
+async def flood(handle: Handle, sent: list[tuple[str, str]]) -> None:
+    """Send signals, the first one first, many at once."""
+    places = asyncio.Semaphore(50)
+
+    async def one(name: str, argument: str) -> None:
+        async with places:
+            await handle.signal(name, argument)
+
+    await one(*sent[0])
+    await asyncio.gather(*(one(*message) for message in sent[1:]))
+
+
+def check_flood(outcome: Outcome, decision: str, sent: int) -> None:
+    """See an order ended by its first decision, with each message written down or counted."""
+    ends, effects = {"approved": ("COMPLETED", PAID), "rejected": ("REJECTED", UNPAID)}[decision]
+    check(Scenario(ends, effects, status={"decision": decision}), outcome)
+    order_id = outcome.status["order_id"]
+    sorts = ("approve", "reject", "update_address", "address_refused", "dispatch_failed")
+    only_counted = [payload["not_kept"] for _, payload in notes(order_id, "messages")]
+    assert len(notes(order_id, *sorts)) + sum(only_counted) == sent
+
+
+def order_words(order_id: str) -> list[str]:
+    """Say in words how a patient order is placed."""
+    return [*("order", order_id, "--review-seconds", "600"), *LASTING]
+
+
+LASTING = ["--deadline", "600", "--max-attempts", "0"]
+
+
+@side_by_side
+async def test_an_order_outlives_the_messages_that_come_while_no_worker_lives(stage: Stage) -> None:
+    wing, client = Wing(stage, "buffered"), await connect(stage)
+    sent = {600: "approve", 2100: "reject"}
+    handles = [client.get_workflow_handle(f"flood-{number}") for number in sent]
+    for handle, (number, first) in zip(handles, sent.items(), strict=True):
+        answers(wing.run("starter.py", *order_words(handle.id)), 0, "no worker answers")
+        await flood(handle, [(first, "first"), *messages(number - 1, *MIX)])
+    wing.start_worker()
+    # On two cores that do nothing else this takes a few seconds; 60 is what we promise.
+    outcomes = await asyncio.wait_for(asyncio.gather(*map(gather, handles)), 2 * LONG)
+    for outcome, decision in zip(outcomes, ("approved", "rejected"), strict=True):
+        check_flood(outcome, decision, 600 if decision == "approved" else 2100)
+
+
+@side_by_side
+async def test_an_order_outlives_the_messages_that_come_around_a_death(stage: Stage) -> None:
+    wing, client = Wing(stage, "live"), await connect(stage)
+    worker, handle = wing.start_worker(), client.get_workflow_handle("flood-live")
+    assert wing.run("starter.py", *order_words(handle.id)).returncode == 0
+    await reach(handle, "AWAITING_REVIEW")
+    await flood(handle, messages(400, *MOVES))
+    for address, refused in (("3 Own Street", False), (" ", True)) * 10:
+        with pytest.raises(WorkflowUpdateFailedError) if refused else nullcontext():
+            await handle.execute_update("update_address", address)
+    for last in ([], [("approve", "first"), ("reject", "second")]):
+        worker.kill()
+        await flood(handle, [*last[:1], *messages(100, *MOVES), *last[1:]])
+        worker = wing.start_worker()
+        if not last:
+            await flood(handle, messages(100, *MOVES))
+    outcome = await asyncio.wait_for(gather(handle), 2 * LONG)
+    check_flood(outcome, "approved", 400 + 10 + 302)
+
+
+@side_by_side
+async def test_after_a_death_in_the_review_nobody_waits_for_temporals_10_s(stage: Stage) -> None:
+    wing, client = Wing(stage, "heir"), await connect(stage)
+    worker, handle = wing.start_worker(), client.get_workflow_handle("heir")
+    assert wing.run("starter.py", *order_words(handle.id)).returncode == 0
+    await reach(handle, "AWAITING_REVIEW")
+    worker.kill()
+    await asyncio.sleep(0.5)  # so that the server knows: else it may hand the task to the dead
+    await handle.signal("approve")
+    wing.start_worker()
+    outcome = await gather(handle)
+    assert outcome.ended == "COMPLETED"
+    moments = {event.event_id: event.event_time for event in outcome.history.events}
+    waits = [
+        moments[event.event_id].ToDatetime() - moments[timed_out.scheduled_event_id].ToDatetime()
+        for event in outcome.history.events
+        for timed_out in [event.workflow_task_timed_out_event_attributes]
+        if timed_out.timeout_type == TimeoutType.TIMEOUT_TYPE_SCHEDULE_TO_START
+    ]
+    # By the server's own clock: so long did the task wait for the dead worker.
+    assert waits and max(waits) < timedelta(seconds=5)
+
+
+# The command lines.
+
+NOWHERE = "127.0.0.1:1"  # nothing listens there
+
+
+WRONG = [  # what the one line must name, a command, and each of its last words
+    ("starter.py", "starter.py", [f"--{RED}"]),
+    ("starter.py", "starter.py order", ["", "ship-1", "charge-1", RED, "x" * 101, f"--{RED}"]),
+    ("starter.py", "starter.py order", ["--review=x", "--card-expiry=13/30", "--deadline=-1"]),
+    ("starter.py", "starter.py order", ["--payment-id=", "\udcff", f"--amount=--{RED}"]),
+    ("starter.py", "starter.py charge", ["--customer-id=", "surplus"]),
+    ("--amount", "starter.py order --amount", ["1.234", "-1", "abc", "", "nan", "1e3", "9" * 5000]),
+    ("amount_cents", "starter.py order --amount", ["1000000.01", "0"]),
+    ("address", "starter.py order --address", ["", " ", "x" * 201]),
+    ("seconds", "starter.py order", ["--wait=nan", "--review-seconds=inf"]),
+    ("seconds", "starter.py charge", ["--wait=-1"]),
+    ("attempts", "starter.py order --max-attempts", ["101", "1.5", "9" * 5000]),
+    ("STEP=FAULT", "starter.py order --simulate", ["charge_payment", "step=down"]),
+    ("STEP=FAULT", "starter.py order --simulate", [f"charge_payment={RED}"]),
+    ("signals.py", "signals.py", [RED, "status", "--limit"]),
+    ("signals.py", "signals.py update-address", ["o"]),
+    ("signals.py", "signals.py list", ["--limit=-1", "--limit=" + "9" * 5000]),
+    ("signals.py", "signals.py approve o", [f"--{RED}"]),
+    ("500", "signals.py approve o --note", ["x" * 501]),
+    ("500", "signals.py cancel o --reason", ["x" * 501]),
+    ("not valid text", "signals.py", ["\udcff"]),
+    ("not valid text", "signals.py events", ["\udcff"]),
+    ("worker.py", "worker.py", ["", RED]),
+    ("charge_store.py", "charge_store.py", [f"--{RED}"]),
+]
+HELP = ["worker.py", "charge_store.py", "starter.py", "signals.py"]
+HELP += [f"starter.py {verb}" for verb in ("charge", "order", "crash", "chaos", "load")]
+HELP += [f"signals.py {verb}" for verb in ("approve", "cancel", "update-address", "watch", "list")]
+
+
+@pytest.mark.parametrize(
+    ("says", "words"),
+    [(says, [*line.split(), last]) for says, line, many in WRONG for last in many],
+)
+def test_wrong_usage_exits_2_with_one_line(says: str, words: list[str]) -> None:
+    answers(here(*words, TEMPORAL_ADDRESS=NOWHERE), 2, says)
+
+
+@pytest.mark.parametrize("line", HELP)
+def test_each_command_has_help(line: str) -> None:
+    answers(here(*line.split(), "--help"), 0, "usage:")
+
+
+def test_an_order_that_nobody_knows_is_named_with_the_command_that_lists_them(
+    served: Stage,
+) -> None:
+    for verb in ("approve", "reject", "cancel", "status", "watch", "history", "events"):
+        answers(signals(verb, "nobody"), 1, "see:")
+    answers(signals("update-address", "nobody", "3"), 1, "see:")
+    answers(signals("approve", "x" * 2000), 1, "see:")
+    answers(signals("status", ""), 1, "see:")
+    answers(ledger_says(RED), 1, "nothing of")
+
+
+def test_an_order_is_followed_to_its_end_and_then_it_is_too_late(served: Stage) -> None:
+    timed = ["--review", "timer", "--review-seconds", "0", "--wait-result"]
+    answers(starter("order", "done", *timed), 0, "done COMPLETED")
+    answers(starter("order", "done"), 1, "finished already: nothing was started")
+    for verb in ("approve", "reject", "cancel"):
+        answers(signals(verb, "done"), 1, "too late")
+    answers(signals("update-address", "done", "3"), 1, "too late")
+    for verb in ("status", "watch", "events"):
+        answers(signals(verb, "done"), 0, "COMPLETED")
+    answers(signals("history", "done"), 0, "the workflow is complete")
+    answers(signals("status", "ship-done"), 0, "COMPLETED")
+    answers(ledger_says("done"), 0, "requests 1, charged once")
+
+
+def test_a_running_order_is_attached_to_and_what_people_typed_is_escaped(served: Stage) -> None:
+    order = ["order", "open", "--review-seconds", "600", "--deadline", "600"]
+    answers(starter(*order, "--address", RED), 0, "open started")
+    answers(starter(*order), 0, "open is running already")
+    answers(signals("status", "open"), 0, TYPED)
+    answers(signals("update-address", "open", " "), 1, "must be 1 to 200 characters")
+    answers(signals("update-address", "open", "x" * 101), 0, "open: goes to")
+    answers(signals("reject", "open", "--note", RED), 0, "reject sent")
+    answers(signals("watch", "open"), 0, "open REJECTED")
+    answers(signals("status", "open"), 0, TYPED)  # the address was changed: this is the note
+    answers(signals("events", "open"), 0, f"note={TYPED}")
+    answers(ledger_says("open"), 0, f"address={TYPED}")
+
+
+def test_the_first_decision_stands_and_to_be_cancelled_is_not_to_fail(served: Stage) -> None:
+    order = ["order", "late", *LASTING, "--simulate", "prepare_package=down"]
+    answers(starter(*order), 0, "late started")
+    answers(signals("approve", "late"), 0, "approve sent")
+    answers(signals("reject", "late"), 1, "only recorded")
+    until(lambda: store.count("late", "prepare_package") > 0)
+    answers(signals("status", "ship-late"), 0, "RUNNING")
+    answers(signals("cancel", "late"), 0, "cancel sent")
+    answers(signals("watch", "late"), 0, "late CANCELLED")
+
+
+def test_an_order_that_failed_says_why(served: Stage) -> None:
+    order = ["order", "bad", "--card-expiry", "12/20", "--review", "timer", "--wait-result"]
+    answers(starter(*order), 1, "card expired 12/20")
+    answers(signals("watch", "bad"), 1, "bad FAILED")
+
+
+def test_the_same_charge_again_is_the_same_workflow_and_charged_once(served: Stage) -> None:
+    for amount in ("12.3", "12.30"):
+        charge = ["charge", "--customer-id", "c", "--amount", amount, "--wait-result"]
+        answers(starter(*charge), 0, "charge-c-1230 charged")
+    answers(ledger_says("charge-c-1230"), 0, "requests 2, charged once")
+    done = signals("status", "charge-c-1230")
+    answers(done, 0, "COMPLETED")
+    assert "RUNNING" not in done.stdout
+
+
+def test_an_id_that_somebody_else_gave_a_workflow_is_escaped(served: Stage) -> None:
     async def work() -> None:
-        client = await connect(served)
         with pytest.raises(WorkflowFailureError):
+            client = await connect(served)
             await client.execute_workflow("OrderWorkflow", id=RED, task_queue=ORDERS_QUEUE)
 
     within(work())
+    answers(signals("approve", RED), 1, "too late")
+    answers(signals("update-address", RED, "3"), 1, "too late")
+    answers(signals("watch", RED), 1, f"{TYPED} FAILED")
+    answers(signals("status", RED), 0, TYPED)
+    answers(signals("list"), 0, TYPED)
+
+
+@side_by_side
+def test_what_stops_a_script_is_said_in_one_line(_: Stage) -> None:
+    for script, *words in (["starter.py", "order"], ["signals.py", "approve", "o"], ["worker.py"]):
+        done = run(script, *words, TEMPORAL_ADDRESS=NOWHERE)
+        answers(done, 1, "no Temporal server")
+        assert "worker.py server" in done.stderr
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        WORDS["SILENT"] = f"127.0.0.1:{silent.getsockname()[1]}"
-        return run_flows(FLOWS, served.address)
+        for address in (f"127.0.0.1:{silent.getsockname()[1]}", RED):
+            answers(run("worker.py", TEMPORAL_ADDRESS=address), 1, "no Temporal server")
+    answers(run("worker.py", TEMPORAL_PROFILE="no-such"), 1, "configuration")
+    answers(run("worker.py", LOG_LEVEL=RED), 2, "LOG_LEVEL")
+    answers(run("starter.py", "order", "\udcff"), 2, "starter.py")
+    answers(run("charge_store.py", CHARGE_STORE="no-such-folder/store.db"), 1, "CHARGE_STORE")
 
 
-@pytest.mark.parametrize("name", FLOWS)
-def test_commands_answer_by_exit_code_and_in_one_line_if_they_fail(
-    name: str, told: dict[str, list[Done]]
-) -> None:
-    for step, done in zip(FLOWS[name], told[name], strict=True):
-        check_step(step, done)
+@side_by_side
+async def test_without_a_worker_a_signal_is_kept_and_a_question_is_given_up(stage: Stage) -> None:
+    """And then: a worker that stops in good order, and a package that nobody paid for."""
+    wing, client = Wing(stage, "alone", own_ledger=True), await connect(stage)
+    answers(wing.run("starter.py", "order", "new"), 0, "no worker answers; start one")
+    answers(wing.run("signals.py", "status", "new"), 1, "no worker answers; start one")
+    answers(wing.run("signals.py", "update-address", "new", "3"), 1, "no worker answers; start one")
+    answers(wing.run("signals.py", "approve", "new"), 0, "approve sent; no worker answers")
+    worker = wing.start_worker()
+    answers(wing.run("signals.py", "watch", "new"), 0, "new COMPLETED")
+    answers(wing.run("charge_store.py", "--audit"), 0, "audit: 1 orders, clean")
+    outsider: dict[str, Any] = {"id": "ship-unpaid", "task_queue": wing.queues[1]}
+    await client.execute_workflow("ShippingWorkflow", {"order_id": "unpaid"}, **outsider)
+    audit = wing.run("charge_store.py", "--audit")
+    assert audit.returncode == 1 and "unpaid" in audit.stdout + audit.stderr
+    stuck = ["order", "stuck", *LASTING, "--simulate", "receive_order=down"]
+    answers(wing.run("starter.py", *stuck), 0, "stuck started")
+    worker.send_signal(signal.SIGINT)
+    assert await asyncio.to_thread(worker.wait, LONG) == 0
+    answers(Done([], 0, wing.log(), ""), 0, "stopped")
+    assert "Traceback" not in wing.log()
 
 
-@pytest.fixture(scope="module")
-def alone() -> list[Done]:
-    """Run commands on a stage without a worker; then start one and stop it by Ctrl+C."""
-
-    async def work() -> list[Done]:
-        async with private_stage() as stage:
-            first, *rest = steps(ALONE)
-            answers = run_flows({"": [first]}, stage.address)
-            answers |= run_flows({step[2]: [step] for step in rest}, stage.address)
-            worker = stage.start_worker()
-            while not store.count("new", "receive_order"):
-                await asyncio.sleep(0.1)
-            worker.send_signal(signal.SIGINT)
-            code = await asyncio.to_thread(worker.wait, LONG / 2)
-            log = (stage.folder / "workers.log").read_text()
-            return [*(done for [done] in answers.values()), Done([], code, log, "")]
-
-    answers: list[Done] = within(work())
-    return answers
-
-
-def test_without_a_worker_a_signal_is_kept_and_a_question_is_given_up(alone: list[Done]) -> None:
-    for step, done in zip(steps(ALONE), alone[:-1], strict=True):
-        check_step(step, done)
+@side_by_side
+def test_a_locked_ledger_is_outlived_and_keeps_nobody_who_leaves(stage: Stage) -> None:
+    wing = Wing(stage, "locked", own_ledger=True)
+    order = ["order", "locked", *LASTING, "--review", "timer", "--review-seconds", "0"]
+    worker = wing.start_worker()
+    until(lambda: "serves" in wing.log())
+    with closing(sqlite3.connect(wing.store, timeout=LONG, isolation_level=None)) as another:
+        another.execute("BEGIN IMMEDIATE")
+        answers(wing.run("starter.py", *order), 0, "locked started")
+        time.sleep(4)  # longer than anybody waits for a lock at once
+        another.execute("ROLLBACK")
+        answers(wing.run("signals.py", "watch", "locked"), 0, "locked COMPLETED")
+        another.execute("BEGIN IMMEDIATE")
+        order[1] = "stopped"
+        answers(wing.run("starter.py", *order), 0, "stopped started")
+        time.sleep(2)
+        worker.send_signal(signal.SIGINT)
+        # Alone on two cores it takes 2 s; it was 68 s once.
+        assert worker.wait(LONG / 3) == 0
 
 
-def test_a_worker_stops_on_ctrl_c_in_good_order(alone: list[Done]) -> None:
-    check_step((0, "stopped", "worker.py"), alone[-1])
+def until(condition: Callable[[], bool]) -> None:
+    """Wait until the condition holds, bounded."""
+    end = time.monotonic() + LONG
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
-def test_load_ends_by_itself_with_what_an_order_costs_and_a_clean_audit() -> None:
-    """Two of them side by side: each sets a stage of its own."""
-    with ThreadPoolExecutor(2) as pool:
-        lines = [f"starter.py load --orders 20{wait}" for wait in ("", " --wait 1")]
-        loaded, slept = pool.map(cli, lines)
-    assert (loaded.returncode, loaded.stderr, slept.returncode, slept.stderr) == (0, "", 0, "")
+@side_by_side
+def test_a_closed_input_or_output_is_no_reason_for_a_traceback(_: Stage) -> None:
+    bash = shutil.which("bash")
+    looks = ["signals.py approve <&-", "signals.py list >&-", "charge_store.py --audit >&-"]
+    looks += ["charge_store.py >&-", "starter.py order closed <&- >&-", "worker.py --help >&-"]
+    for line in looks if bash else []:
+        words = [str(bash), "-c", f"exec {shlex.quote(sys.executable)} {line}"]
+        done = subprocess.run(words, cwd=HERE, capture_output=True, text=True, timeout=LONG)
+        assert done.returncode in (0, 1) and "Traceback" not in done.stderr, done
+
+
+@side_by_side
+def test_load_ends_by_itself_with_what_an_order_costs_and_a_clean_audit(_: Stage) -> None:
+    loaded = run("starter.py", "load", "--orders", "20", "--wait", "0.5")
+    answers(loaded, 0, "20/20")
     number = "nan" if sys.platform == "win32" else r"[1-9]\d*"  # nobody measures it there
-    told = [
-        r"20/20\n\d+\.\d orders/s, .* s in all\n",
-        r"median .* s, 99th percentile .* s\n",
-        rf"CPU ms per order: worker {number}, server {number}\n",
-        rf"worker memory {number} MB at most\naudit clean\n",
-    ]
-    assert re.search("".join(told), loaded.stdout), loaded.stdout
-    assert re.search("".join([told[0], *told[2:]]), slept.stdout), slept.stdout
+    told = rf"CPU ms per order: worker {number}, server {number}\nworker memory {number} MB at most"
+    assert re.search(told, loaded.stdout) and "audit clean" in loaded.stdout, loaded
 
 
 # The README: what it names exists, what it tells to type is understood.
@@ -1241,12 +1665,14 @@ SERVERS = sorted({m for line in BASH for m in re.findall(r"\btemporal [^&|;#>]*"
 @pytest.mark.parametrize("line", OURS)
 def test_each_command_in_the_readme_is_understood(line: str) -> None:
     script, *words = shlex.split(line)
-    if script in ("test_workflows.py",):
+    if script == "test_workflows.py":
         return
-    module = importlib.import_module(script.removesuffix(".py"))
+    if script == "charge_store.py":
+        assert run(script, *words).returncode != 2
+        return
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [script, *words])
-        module.parse_arguments()
+        importlib.import_module(script.removesuffix(".py")).parse_arguments()
 
 
 @pytest.mark.parametrize("line", SERVERS)
@@ -1257,27 +1683,6 @@ def test_each_flag_of_temporals_own_command_in_the_readme_exists(line: str) -> N
     assert told.returncode == 0
     for word in words:
         assert not word.startswith("--") or word.partition("=")[0] in told.stdout, word
-
-
-def test_each_file_and_each_of_our_flags_in_the_readme_exists() -> None:
-    made_here = {"charge_store.db", "temporal.db"}
-    for name in re.findall(r"`([\w.]+\.(?:py|yml|txt|md|db))`", README):
-        assert name in made_here or (HERE / name).is_file(), name
-    known = "".join((HERE / script).read_text() for script in SCRIPTS)
-    for row in re.findall(r"^\| `(--[\w-]+)", README, re.MULTILINE):
-        assert f'"{row}"' in known, row
-    for words in (STEPS, FAULTS, RULES, [test.name for test in CRASH_TESTS], ["no-temporal"]):
-        for word in words:
-            assert f"`{word}`" in README, word
-
-
-def test_each_exercise_has_its_words_and_as_many_parts_to_do_as_the_starter_waits_for() -> None:
-    assert sections().keys() == EXERCISES.keys()
-    for number, (_, text) in sections().items():
-        beats = [beat for beat in EXERCISES[number].beats if str(beat).startswith("do ")]
-        assert text.count("\n**Do.**") == len(beats), number
-        for label in ("Predict", "Observe", "Explain"):
-            assert text.count(f"\n**{label}.**") == 1, (number, label)
 
 
 # The server of docker-compose.yml, with the binary from pip: namespaces, HTTP, the same flags.
@@ -1302,7 +1707,7 @@ def composed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
             stack.callback(process.wait, LONG)
             stack.callback(process.kill)
         yield port
-        assert store.audit() == []
+        assert store.audit()[1] == []
 
 
 def composed_arguments() -> list[str]:
@@ -1326,12 +1731,11 @@ def test_docker_compose_starts_the_server_with_the_flags_of_the_scripts() -> Non
 
 def test_the_environment_alone_moves_everything_to_another_namespace(composed: int) -> None:
     there = {"TEMPORAL_ADDRESS": f"127.0.0.1:{composed}", "TEMPORAL_NAMESPACE": "other"}
-    placed = cli("starter.py order elsewhere --review timer --wait-result", **there)
-    assert (placed.returncode, placed.stderr) == (0, "")
-    assert "elsewhere COMPLETED" in placed.stdout
-    assert cli("signals.py status elsewhere", **there).returncode == 0
+    order = ["order", "elsewhere", "--review", "timer", "--wait-result"]
+    answers(starter(*order, **there), 0, "elsewhere COMPLETED")
+    answers(signals("status", "elsewhere", **there), 0, "COMPLETED")
     there["TEMPORAL_NAMESPACE"] = "default"
-    assert "unknown order" in cli("signals.py status elsewhere", **there).stderr
+    answers(signals("status", "elsewhere", **there), 1, "unknown order")
 
 
 def test_the_readmes_curl_commands_take_an_order_to_its_end(composed: int) -> None:
@@ -1345,21 +1749,118 @@ def test_the_readmes_curl_commands_take_an_order_to_its_end(composed: int) -> No
         assert answer in answers, answer
 
 
-# The exercises, as a person at a terminal goes through them.
+def test_each_file_and_each_of_our_flags_in_the_readme_exists() -> None:
+    made_here = {"charge_store.db", "temporal.db"}
+    for name in re.findall(r"`([\w.]+\.(?:py|yml|txt|md|db))`", README):
+        assert name in made_here or (HERE / name).is_file(), name
+    known = "".join((HERE / script).read_text() for script in SCRIPTS)
+    for row in re.findall(r"^\| `(--[\w-]+)", README, re.MULTILINE):
+        assert f'"{row}"' in known, row
+    for words in (STEPS, FAULTS, RULES, NAMES):
+        for word in words:
+            assert f"`{word}`" in README, word
+
+
+# The exercises: their words, their edits, the machine's play and a person's.
+
+
+class Counting(Player):
+    """Plays an exercise without doing anything, and counts what a person would be asked to do."""
+
+    def __init__(self) -> None:
+        self.acts = 0
+        self.orders = {"": {"wait_seconds": 1}}
+
+    async def act(self, *_: Any, **__: Any) -> None:
+        self.acts += 1
+
+    async def place(self, *_: Any, **__: Any) -> str:
+        return ""
+
+    async def shell(self, *_: Any) -> str:
+        await self.act()
+        return ""
+
+    async def nothing(self, *_: Any, **__: Any) -> Any:
+        return (0.0, 0.0)
+
+    def accept(self, *_: Any) -> None:
+        pass
+
+    @asynccontextmanager
+    async def contrast(self) -> AsyncIterator[None]:
+        yield
+
+    async def worker(self) -> int:
+        return 0
+
+    async def pollers(self) -> list[int]:
+        return []
+
+    def is_dead(self, pid: int) -> bool:
+        return True
+
+    until = ends = timer_of = nothing  # type: ignore[assignment]
+    check = show = tell = accept
+    stage = None
+
+
+async def play_dry(exercise: Exercise, player: Counting) -> None:
+    """Play an exercise without doing anything, bounded."""
+    await asyncio.wait_for(exercise(player), LONG)
+
+
+@pytest.mark.parametrize("number", range(len(EXERCISES)))
+def test_each_exercise_has_its_words_and_a_part_to_do_for_each_thing_to_be_done(
+    number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert list(sections()) == list(range(len(EXERCISES)))
+    text = sections()[number][1]
+    monkeypatch.setattr("starter.plain_job", lambda *_: argparse.Namespace(pid=0, kill=int))
+    monkeypatch.setattr("starter.payloads", lambda *_: [{"address": "2 Side Street", "worker": 1}])
+    player = Counting()
+    asyncio.run(play_dry(EXERCISES[number], player))
+    assert text.count("\n**Do.**") == player.acts
+    for label in ("Predict", "Explain"):
+        assert text.count(f"\n**{label}.**") == 1, label
+
+
+@pytest.mark.parametrize(
+    "change", [BUG, CHECKED, PATCHED, NO_KEY], ids=lambda change: change[2][:40]
+)
+def test_the_edits_of_the_exercises_are_the_ones_that_the_readme_tells(
+    change: tuple[str, str, str], tmp_path: Path
+) -> None:
+    _, text, instead = change
+    changed_copy(tmp_path / "copy", *change)  # the text stands in the file, once
+    for line in set(instead.splitlines()) - set(text.splitlines()):
+        assert line.strip() in README, line
+
+
+def test_all_sixteen_exercises_hold_when_the_machine_plays_them(
+    exercises: subprocess.Popen[str],
+) -> None:
+    told, errors = exercises.communicate(timeout=5 * LONG)
+    assert (exercises.returncode, errors) == (0, ""), told[-3000:]
+    verdicts = re.findall(r"^held +[0-9.]+ s +(\d+) ", told, re.MULTILINE)
+    assert verdicts == [str(number) for number in range(16)]
+    lanes_told = re.findall(r"^(?:Temporal|worker \d+ ).*", told, re.MULTILINE)
+    assert len(lanes_told) > 32 and max(map(len, lanes_told)) < 80
 
 
 class Terminal:
     """A program in a pseudo-terminal: read until it says something, type."""
 
-    def __init__(self, words: list[str], **environment: str) -> None:
-        import fcntl  # the other tests run on Windows too, where this one and its terminal is not
+    def __init__(self, words: list[str], cwd: Path = HERE, **environment: str) -> None:
+        import fcntl  # not on Windows, where this one and its terminal cannot be
         import struct
         import termios
 
         self.master, slave = os.openpty()
-        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 80, 0, 0))
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
         pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), slave)
-        self.process = subprocess.Popen(words, cwd=HERE, env=os.environ | environment, **pipes)
+        kept = {k: v for k, v in os.environ.items() if not k.startswith("TEMPORAL_")}
+        self.process = subprocess.Popen(words, cwd=cwd, env=kept | environment, **pipes)
         os.close(slave)
         self.text = ""
 
@@ -1370,79 +1871,30 @@ class Terminal:
             assert time.monotonic() < end, f"no {pattern} in {self.text[-2000:]}"
             if select.select([self.master], [], [], 1)[0]:
                 with suppress(OSError):  # the program has ended
-                    self.text += os.read(self.master, 65536).decode()
+                    self.text += os.read(self.master, 65536).decode(errors="replace")
         self.text = self.text[found.end() :]
         return found
 
-    def type(self, line: str) -> None:
+    def type(self, line: str = "") -> None:
         """Type a line."""
         os.write(self.master, f"{line}\n".encode())
 
+    def play(self, *talk: tuple[str, str]) -> None:
+        """Read until each pattern comes, and type the answer to it."""
+        for pattern, answer in talk:
+            self.read_until(pattern)
+            self.type(answer)
+
     def close(self) -> int:
-        """Wait for the program's end and return its exit code."""
-        code = self.process.wait(LONG)
+        """Wait for the program's end, reading on, and return its exit code."""
+        end = time.monotonic() + LONG
+        while self.process.poll() is None:
+            assert time.monotonic() < end, self.text[-2000:]
+            if select.select([self.master], [], [], 0.2)[0]:
+                with suppress(OSError):
+                    os.read(self.master, 65536)
         os.close(self.master)
-        return code
-
-
-def begin(stage: Stage, number: str, customer: str, wait: str) -> Terminal:
-    """Choose an exercise, answer its questions, one of them wrong at first."""
-    terminal = Terminal([sys.executable, "starter.py"], TEMPORAL_ADDRESS=stage.address)
-    for question, answer in (
-        (r"Exercise \[1\]: ", "99"),
-        (r"must be one of[^\n]*\n", number),
-        (r"Customer ID \[customer-123\]: ", "no spaces"),
-        (r"must be 1 to 100[^\n]*\n", customer),
-        (r"Amount \[99.99\]: ", "1.234"),
-        (r"must be an amount[^\n]*\n", "5"),
-        (r"Wait seconds \[10\]: ", "-1"),
-        (r"must be 0 to 86400[^\n]*\n", wait),
-    ):
-        terminal.read_until(question)
-        terminal.type(answer)
-    return terminal
-
-
-def test_exercise_1_sees_the_worker_die_and_another_take_over(one_worker: Stage) -> None:
-    terminal = begin(one_worker, "1", "pty-1", "5")
-    terminal.read_until("go on: ")
-    terminal.type("")
-    pid = terminal.read_until(r"kill -9 (\d+)")[1]
-    assert int(pid) == one_worker.workers[0].pid
-    one_worker.kill_worker(one_worker.workers[0])
-    terminal.read_until("python worker.py")
-    successor = one_worker.start_worker().pid
-    terminal.read_until("requests 1, charged once")
-    terminal.read_until(f"charge_payment runs on worker {successor}")
-    terminal.read_until("Explain.")
-    assert terminal.close() == 0
-
-
-def test_exercise_2_shows_that_ctrl_c_and_a_kill_differ(one_worker: Stage) -> None:
-    terminal = begin(one_worker, "2", "pty-2", "1")
-    terminal.read_until("go on: ")
-    terminal.type("")
-    for number, stop in enumerate((signal.SIGINT, signal.SIGKILL)):
-        order_id = f"charge-pty-2-{500 + number}"
-        terminal.read_until(f"{order_id} is placed")
-        until_charged(order_id)
-        worker = one_worker.workers.pop()
-        worker.send_signal(stop)
-        worker.wait(LONG)
-        one_worker.start_worker()
-    for reason in ("shutting down", "fell silent"):
-        terminal.read_until("requests 2, charged once")
-        terminal.read_until(reason)
-    terminal.read_until("Explain.")
-    assert terminal.close() == 0
-
-
-def until_charged(order_id: str) -> None:
-    """Wait until the provider has charged."""
-    end = time.monotonic() + LONG
-    while "charge" not in ledger(order_id):
-        assert time.monotonic() < end, order_id
-        time.sleep(0.05)
+        return self.process.returncode
 
 
 @pytest.fixture
@@ -1454,25 +1906,133 @@ def one_worker(stage: Stage) -> Stage:
     return stage
 
 
-def test_end_of_input_takes_the_defaults(tmp_path: Path) -> None:
-    """Without a server, a worker or a person: the starter brings the first two."""
-    # The default address of a copy of ours, so that a server of the reader's is left alone.
+def guided(stage: Stage, *talk: tuple[str, str]) -> Terminal:
+    """Begin a guided exercise on a server and a worker that are there."""
+    terminal = Terminal([sys.executable, "starter.py"], TEMPORAL_ADDRESS=stage.address)
+    terminal.play(*talk)
+    return terminal
+
+
+def apart(tmp_path: Path) -> Path:
+    """Copy the scripts with a default address of their own, where no server is."""
     address = f'"localhost:{free_port()}"'
     copy = changed_copy(tmp_path / "copy", "worker.py", '"localhost:7233"', address)
-    brief = (copy / "starter.py").read_text().replace('"Wait seconds", "10"', '"Wait seconds", "1"')
-    (copy / "starter.py").write_text(brief)
     shutil.copy(HERE / "README.md", copy)
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("TEMPORAL_")}
-    environment["CHARGE_STORE"] = str(tmp_path / "charge_store.db")
-    for words in (["starter.py"], ["starter.py", "order", "--review", "timer", "--wait-result"]):
-        done = subprocess.run(
-            [sys.executable, *words],
-            cwd=copy,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=2 * LONG,
-        )
-        assert (done.returncode, done.stderr) == (0, ""), done
-    assert "COMPLETED" in done.stdout
+    return copy
+
+
+def test_enter_all_the_way_plays_exercise_1_and_its_crash_is_real(tmp_path: Path) -> None:
+    """One terminal, no server, no worker: the starter brings them and ends them."""
+    store_name = str(tmp_path / "guided.db")
+    terminal = Terminal(
+        [sys.executable, "starter.py"], cwd=apart(tmp_path), CHARGE_STORE=store_name
+    )
+    terminal.play(*((question, "") for question in (r"q \[1\]: ", r"\[customer-123\]: ")))
+    terminal.play((r"Amount \[99.99\]: ", "9" * 5000), (r"must be an amount.*\n", "5"))
+    terminal.play((r"Wait seconds \[10\]: ", "6"))
+    victim = int(terminal.read_until(r"Enter kills worker (\d+)")[1])
+    os.kill(victim, 0)
+    terminal.type()
+    terminal.read_until(f"worker {victim} is dead")
+    assert not is_process(victim)
+    terminal.play((r"Enter starts another worker", ""))
+    terminal.read_until(r"Temporal +Wait before the charge =")
+    assert terminal.read_until(r"worker (\d+)")[1] == str(victim)
+    terminal.read_until(r"requests 1, charged once")
+    terminal.read_until(r"\nheld\r\n")
+    terminal.read_until(r"Explain\.")
+    terminal.read_until(r"x  1 ")  # it is marked, and the next one is offered
+    terminal.play((r"q \[2\]: ", "q"))
+    assert terminal.close() == 0
+
+
+def test_exercise_2_sees_what_a_person_does_in_other_terminals(one_worker: Stage) -> None:
+    terminal = guided(one_worker, (r"q \[1\]: ", "2"), ("Enter begins: ", ""))
+    for stop, seen in ((signal.SIGINT, "has stopped"), (signal.SIGKILL, "is dead")):
+        worker = one_worker.workers.pop()
+        terminal.read_until(rf"Enter (stops|kills) worker {worker.pid} ")
+        worker.send_signal(stop)
+        worker.wait(LONG)
+        terminal.read_until(f"worker {worker.pid} {seen}")
+        terminal.read_until(r"Now: ")
+        one_worker.start_worker()
+        terminal.read_until("a new worker starts")
+        terminal.read_until("attempt 2")
+    for mark in ("/", "X"):
+        terminal.read_until(rf"charge =*{mark}")
+        terminal.read_until("requests 2, charged once")
+    terminal.read_until(r"\nheld\r\n")
+    terminal.play((r"q \[3\]: ", "q"))
+    assert terminal.close() == 0
+
+
+def test_what_comes_too_late_is_not_explained_and_the_exercise_is_offered_again(
+    one_worker: Stage,
+) -> None:
+    terminal = guided(one_worker, (r"q \[1\]: ", "charge"), ("Enter begins: ", ""))
+    terminal.read_until(r"Enter stops worker")
+    terminal.read_until(r"not shown: too late")
+    assert "Explain" not in terminal.text
+    terminal.play((r"q \[2\]: ", "99"), (r"no exercise 99; there are.*", "q"))
+    assert terminal.close() == 1
+
+
+def test_a_second_worker_that_nobody_thought_of_is_named(one_worker: Stage) -> None:
+    stray = one_worker.start_worker()
+    terminal = guided(one_worker, (r"q \[1\]: ", "1"), ("123]: ", "pty-9"), (r"99\]: ", "1"))
+    terminal.play((r"10\]: ", "8"), (r"Enter kills worker", ""))
+    named = terminal.read_until(r"not shown: [^(]*?(\d+)[^(]*serves")[1]
+    assert int(named) in {worker.pid for worker in one_worker.workers} | {stray.pid}
+    terminal.play((r"q \[1\]: ", "q"))
+    assert terminal.close() == 1
+
+
+def test_a_crowd_in_which_nobody_was_asked_twice_shows_nothing() -> None:
+    """Seed 7 draws one order, which is rejected: no provider is asked for its money."""
+    done = run("starter.py", "chaos", "--orders", "1", "--kills", "1", "--seed", "7")
+    assert (done.returncode, done.stderr) == (1, "")
+    assert "asked more than once 0" in done.stdout and "not shown" in done.stdout
+
+
+# Lanes: true to the ledger, and 79 columns wide.
+
+
+def bars_of(outcome: Outcome) -> list[Bar]:
+    """Make the bars of an order's attempts."""
+    attempts = [event for event in outcome.events if event["attempt"]]
+    events = list(outcome.history.events)
+    return attempt_bars(attempts, temporal_bars(events, time.time()), True, time.time())
+
+
+@pytest.mark.parametrize("name", ["approved", "dispatch fails three times", "card expired"])
+def test_each_attempt_is_a_bar_and_nobody_died_who_lived(name: str, played: dict[str, Any]) -> None:
+    bars = bars_of(played[name])
+    attempts = [event for event in played[name].events if event["attempt"]]
+    seconds = [json.loads(event["payload_json"])["seconds"] for event in attempts]
+    assert [bar.begin for bar in bars] == [event["ts"] for event in attempts]
+    assert [round(bar.end - bar.begin, 2) for bar in bars] == [round(s, 2) for s in seconds]
+    failed = [json.loads(event["payload_json"])["ended"] != "ok" for event in attempts]
+    assert [bar.mark == "x" for bar in bars] == failed
+    assert "X" not in "".join(bar.mark for bar in bars)
+
+
+@pytest.mark.parametrize("name", [name for name in CRASHES if name.endswith(("-before", "-after"))])
+def test_each_death_is_a_cross(name: str, crashed: dict[str, Any]) -> None:
+    step = name.partition("_")[0]
+    assert "X" in [bar.mark for bar in bars_of(crashed[name]) if bar.name == step]
+
+
+def test_lanes_fit_79_columns_and_say_that_time_is_shortened(played: dict[str, Any]) -> None:
+    outcome = played["approved"]
+    events = [HistoryEvent.FromString(e.SerializeToString()) for e in outcome.history.events]
+    timer = next(n for n, e in enumerate(events) if e.HasField("timer_canceled_event_attributes"))
+    review = [n for n, e in enumerate(events) if e.HasField("timer_canceled_event_attributes")][1]
+    shifted = [dict(event) for event in outcome.events if event["attempt"]]
+    moment = events[review].event_time.ToNanoseconds() / 1e9
+    for event in events[review - 3 :]:
+        event.event_time.FromNanoseconds(event.event_time.ToNanoseconds() + 600 * 10**9)
+    for row in shifted:
+        row["ts"] += 600 * (row["ts"] > moment - 0.001)
+    lines = lanes(events, shifted, time.time() + 600)
+    assert timer < review and max(map(len, lines)) <= 79
+    assert "~" in lines[1] and "time shortened" in lines[-1] and "10 min" in lines[0]

@@ -118,6 +118,7 @@ class OrderWorkflow:
         self._seconds_left = self._order.deadline_seconds
         self._due = inf  # when the deadline is; never, while the time does not count
         self._story: asyncio.Task[Any] | None = None
+        self._alarm: asyncio.Task[None] | None = None
         self._halted: BaseException | None = None
         self._ending = False
         self._messages = 0
@@ -204,12 +205,12 @@ class OrderWorkflow:
         """Halt the story when its time is used up, to which reviews and waits do not count."""
         # Not this machine's clock, but the time in the history, which is the same in each replay.
         self._due = workflow.time() + self._seconds_left
-        alarm = asyncio.create_task(self._alarm(self._seconds_left))
+        self._alarm = asyncio.create_task(self._ring(self._seconds_left))
         yield
-        alarm.cancel()
+        self._alarm.cancel()
         self._seconds_left, self._due = self._due - workflow.time(), inf
 
-    async def _alarm(self, seconds: float) -> None:
+    async def _ring(self, seconds: float) -> None:
         """Halt the story after these seconds."""
         await workflow.sleep(seconds, summary="Deadline")
         self._halt(self._too_late())
@@ -295,6 +296,8 @@ class OrderWorkflow:
     async def _settle(self, state: str, failure: ApplicationError | None) -> str:
         """Undo what was begun, unless all is done, and write down how it ended, last of all."""
         self._ending = True
+        if self._alarm:
+            self._alarm.cancel()
         if failure and failure.type == "OrderConflict":
             self._show("FAILED")
             raise failure  # its id is another order's, whose trail and effects stay as they are
