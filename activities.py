@@ -9,9 +9,11 @@ in an `async def` would freeze the whole worker.
 import logging
 import os
 import re
+import sqlite3
 import time
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any, TypeVar
@@ -178,7 +180,8 @@ def attempt(order: Order, doing: str, effect: Callable[[], T], **payload: Any) -
         log.info("%s for %s failed (attempt %d): %s", doing, order.order_id, number, error)
         raise
     finally:
-        store.finish(event, ended, time.monotonic() - started)
+        with suppress(sqlite3.Error):  # a refusal must reach Temporal although the ledger is locked
+            store.finish(event, ended, time.monotonic() - started)
     if fault == "crash-after" and claim(order, step, fault):
         crash(doing, order)
     return result
@@ -238,6 +241,14 @@ def perform(order: Order, kind: str, key: str) -> dict[str, Any]:
     return receipt
 
 
+def receive(order: Order) -> bool:
+    """Ask the ledger whether it knows the order, and refuse one that a run before is undoing."""
+    known = store.receive(order.order_id, asdict(order))
+    if known and any(store.count(order.order_id, undo) for undo in UNDO_STEPS):
+        raise store.OrderGivenUp(f"{order.order_id} is being undone by another run")
+    return known
+
+
 def charge(order: Order) -> dict[str, Any]:
     """Ask for the charge, unless the card has expired: it is good to the end of its month."""
     month, year = order.card_expiry.split("/")
@@ -261,8 +272,7 @@ in_thread = activity.defn(no_thread_cancel_exception=True)
 @in_thread
 def receive_order(order: Order) -> bool:
     """Write the order down. Return whether it is known, as one that was reset is."""
-    contents = asdict(order)
-    return attempt(order, "receiving", lambda: store.receive(order.order_id, contents), **contents)
+    return attempt(order, "receiving", lambda: receive(order), **asdict(order))
 
 
 @in_thread
@@ -345,5 +355,6 @@ ORDER_STEPS: list[Callable[..., Any]] = [
     *(void_dispatch, refund_payment, release_inventory),
     *(record_decision, record_outcome),
 ]
+UNDO_STEPS = ["void_dispatch", "refund_payment", "release_inventory"]
 SHIPPING_STEPS: list[Callable[..., Any]] = [prepare_package, dispatch_carrier]
 STEPS = [step.__name__ for step in ORDER_STEPS + SHIPPING_STEPS]

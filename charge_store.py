@@ -8,6 +8,7 @@ trail: an event for each attempt, fault, human decision and outcome.
 
 import argparse
 import atexit
+import io
 import json
 import os
 import shutil
@@ -179,7 +180,9 @@ def audit() -> tuple[int, list[str]]:
     in_force: Counter[tuple[str, str]] = Counter()
     for row in select("SELECT * FROM effects"):
         in_force[row["order_id"], row["kind"]] += row["status"] == IN_FORCE[row["kind"]]
-    orders = select("SELECT order_id FROM events UNION SELECT order_id FROM effects")
+    orders = select(
+        "SELECT order_id FROM events WHERE type != 'held' UNION SELECT order_id FROM effects"
+    )
     violations = []
     for order_id in (row["order_id"] for row in orders):
         state = outcomes.get(order_id, "unfinished")
@@ -242,6 +245,8 @@ atexit.register(close)
 
 def _open(name: str) -> sqlite3.Connection:
     """Open a store and make what is missing in it, however many processes do so at once."""
+    if sqlite3.sqlite_version_info < (3, 35):
+        sys.exit(f"SQLite {sqlite3.sqlite_version} is too old, the ledger needs 3.35 or newer")
     connection = sqlite3.connect(
         name, timeout=PATIENCE_SECONDS, isolation_level=None, check_same_thread=False
     )
@@ -333,6 +338,9 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # it may be closed
+            stream.reconfigure(errors="backslashreplace")
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl+C ends it without a traceback
     if sys.platform != "win32":
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # and so does `| head`

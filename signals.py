@@ -18,6 +18,7 @@ from collections.abc import Callable, Coroutine, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import cache
 from math import ceil, floor
 from typing import Any
 
@@ -68,6 +69,12 @@ def see(verb: str, order_id: str = "") -> str:
 # The terminal.
 
 
+@cache
+def keyboard() -> "Keyboard":
+    """Return this process's one reader of what is typed."""
+    return Keyboard()
+
+
 class Keyboard:
     """What a person types, read beside the event loop: a wait may end by Enter or otherwise."""
 
@@ -85,6 +92,8 @@ class Keyboard:
                 *lines, rest = (rest + chunk).split(b"\n")
                 for line in lines:
                     self._put(line.decode(errors="replace").strip())
+        if rest:
+            self._put(rest.decode(errors="replace").strip())
         self._put(None)
 
     def _put(self, line: str | None) -> None:
@@ -156,7 +165,7 @@ async def cancel(client: Client, options: argparse.Namespace) -> int:
     """Send cancel; an order that was picked from a list is confirmed first."""
     handle = await addressee(client, options)
     if options.order_id is None:
-        answer = await Keyboard().ask(f"Cancel {printable(handle.id)}? [y/N]: ")
+        answer = await keyboard().ask(f"Cancel {printable(handle.id)}? [y/N]: ")
         if (answer or "").lower() != "y":
             sys.exit("nothing was cancelled")
     if (await ask(handle))[1] == "COMPENSATING":
@@ -208,8 +217,7 @@ async def offer(client: Client, verb: str) -> str:
         sys.exit(f"no order waits to {verb}; see: {see('list')}")
     for number, order_id in enumerate(waiting, 1):
         say(f"{number:3} {order_id}")
-    keyboard = Keyboard()
-    while (answer := await keyboard.ask("Which one [1]: ")) is not None:
+    while (answer := await keyboard().ask("Which one [1]: ")) is not None:
         if (answer or "1") in map(str, range(1, len(waiting) + 1)):
             return waiting[int(answer or "1") - 1]
         say(f"a number from 1 to {len(waiting)}, please")
@@ -273,7 +281,8 @@ async def pollers(client: Client, queue: str) -> set[int]:
     )
     answer = await client.workflow_service.describe_task_queue(request, timeout=RPC_TIMEOUT)
     found = [poller.identity.partition("@") for poller in answer.pollers]
-    return {int(pid) for pid, _, host in found if host == socket.gethostname()}
+    here = socket.gethostname()
+    return {int(pid) for pid, _, host in found if host == here and pid.isdigit()}
 
 
 async def code_failure(handle: Handle) -> str | None:
@@ -410,9 +419,12 @@ async def seconds_left(handle: Handle) -> float:
 
 # An order's life as lanes: Temporal's, and one for each worker, over time.
 
-LABEL, WIDTH = 14, 65  # columns: a lane's name, and its drawing
+LABEL, WIDTH = 15, 64  # columns: a lane's name, and its drawing
 MESSAGES = ("WORKFLOW_EXECUTION_SIGNALED", "WORKFLOW_EXECUTION_UPDATE_ACCEPTED")
-ENDS = [f"WORKFLOW_EXECUTION_{end}" for end in ("COMPLETED", "FAILED", "CANCELED", "TERMINATED")]
+ENDS = [
+    f"WORKFLOW_EXECUTION_{end}"
+    for end in ("COMPLETED", "FAILED", "CANCELED", "TERMINATED", "TIMED_OUT")
+]
 STEPS = [n * unit for unit in (0.001, 0.01, 0.1, 1, 10, 60, 600, 3600, 36000) for n in (1, 2, 5)]
 MARKS = {  # at the end of a bar; - alone: the worker ran the workflow's code
     "X": "its worker died",
@@ -510,7 +522,8 @@ def attempt_bars(
         bar.name = attempt["type"].partition("_")[0]
         bar.end += payload.get("seconds", 0)
         ended = str(payload.get("ended", ""))
-        gone = last_seen[bar.lane] <= attempt["ts"]  # nothing was seen of its worker since
+        # Nothing was seen of its worker since, or since another attempt took over.
+        gone = last_seen[bar.lane] <= (again or attempt)["ts"]
         if not ended and not again and not closed:
             bar.end, bar.mark = now, ">"
         elif gone and (not ended or (ended == "ok" and again)):
@@ -542,7 +555,7 @@ def time_scale(bars: list[Bar]) -> tuple[Callable[[float], int], list[float], st
     columns_a_second = (WIDTH - 1) / max(0.001, sum(length.values()))
     place = dict(zip(moments, itertools.accumulate([0.0, *length.values()]), strict=True))
     labels = {place[e]: e - moments[0] for b, e in gaps if b in shortened} | {0.0: 0.0}
-    step = next(s for s in STEPS if s * columns_a_second >= 9)
+    step = next((s for s in STEPS if s * columns_a_second >= 9), STEPS[-1])
     for b, e in gaps:
         if b not in shortened:
             for n in range(ceil((b - moments[0]) / step), floor((e - moments[0]) / step) + 1):

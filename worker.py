@@ -132,7 +132,10 @@ async def serve(role: str) -> None:
     async with AsyncExitStack() as running:  # each is given the time to end its activities
         for worker in workers:
             await running.enter_async_context(worker)
-        await asyncio.Event().wait()
+        try:
+            await asyncio.Event().wait()
+        finally:  # all at once
+            await asyncio.gather(*(worker.shutdown() for worker in workers))
 
 
 # Connecting.
@@ -213,20 +216,21 @@ class Stage:
 
     async def start_server(self) -> Client:
         """Start the server, or start it again on the same file, and return a client."""
-        self.server = await WorkflowEnvironment.start_local(
-            port=self.port,
-            ui=True,
-            ui_port=self.port + 1000,
-            # Without a binary, as on Windows, the SDK downloads one.
-            dev_server_existing_path=temporal_binary(),
-            dev_server_database_filename=str(self.folder / "temporal.db"),
-            dev_server_log_level="never",
-            # The HTTP API stands 10 ports higher, as 7243 does; no banner among our own lines.
-            dev_server_extra_args=[
-                *("--http-port", str(self.port + 10), "--output", "none"),
-                *SERVER_FLAGS,
-            ],
-        )
+        # The HTTP API stands 10 ports higher, as 7243 does; no banner among our own lines.
+        more = ["--http-port", str(self.port + 10), "--output", "none", *SERVER_FLAGS]
+        try:
+            self.server = await WorkflowEnvironment.start_local(
+                port=self.port,
+                ui=True,
+                ui_port=self.port + 1000,
+                # Without a binary, as on Windows, the SDK downloads one.
+                dev_server_existing_path=temporal_binary(),
+                dev_server_database_filename=str(self.folder / "temporal.db"),
+                dev_server_log_level="never",
+                dev_server_extra_args=more,
+            )
+        except RuntimeError as error:
+            sys.exit(f"cannot start a Temporal server: {error}")
         self.client = self.server.client
         return self.client
 
@@ -258,7 +262,7 @@ class Stage:
         worker.wait()
         self.workers.remove(worker)
 
-    def revive(self) -> list[int]:
+    def revive(self, code: Path = HERE) -> list[int]:
         """Start another worker for each that has died; return the pids of those that had."""
         dead = [worker for worker in self.workers if worker.poll() is not None]
         for worker in dead:
@@ -268,7 +272,7 @@ class Stage:
             self.failed += worker.returncode == 1
             if self.failed > 20:
                 sys.exit(f"workers end with exit code {worker.returncode}: {self.logs or ''}")
-            self.start_worker()
+            self.start_worker(code=code)
         return [worker.pid for worker in dead]
 
     def bury(self) -> None:
@@ -363,7 +367,8 @@ async def run_server() -> int:
         # In our place: the pid above is the server's own.
         words = [binary, "server", "start-dev", *ports, *data, *SERVER_FLAGS]
         os.execv(binary, [str(word) for word in words])
-    await Stage(HERE, port).start_server()
+    stage = Stage(HERE, port)
+    await stage.start_server()
     await asyncio.Event().wait()
     return 0
 
@@ -459,6 +464,7 @@ def main() -> int:
     # Failed attempts have a line of ours, to which the SDK would add a traceback each; what it
     # says about the workflow's code is kept.
     logging.getLogger("temporalio").setLevel(logging.WARNING)
+    logging.raiseExceptions = False  # whoever reads our lines, `head` say, may have seen enough
     logging.getLogger("temporalio.activity").setLevel(logging.ERROR)
     store.count("", "")  # a ledger that cannot be written ends the worker here, not each attempt
     try:

@@ -112,13 +112,13 @@ class OrderWorkflow:
         self._decision: str | None = None
         self._decision_note = ""
         self._shipping_attempts = 0
+        self._received = False
         self._undos: list[Callable[..., Any]] = []
         if info.run_id != info.first_execution_run_id:
             self._undos = [*UNDOS]  # a reset: who knows what the run before has done
         self._seconds_left = self._order.deadline_seconds
         self._due = inf  # when the deadline is; never, while the time does not count
         self._story: asyncio.Task[Any] | None = None
-        self._alarm: asyncio.Task[None] | None = None
         self._halted: BaseException | None = None
         self._ending = False
         self._messages = 0
@@ -138,8 +138,8 @@ class OrderWorkflow:
         self._story = asyncio.current_task()
         try:
             async with self._deadline():
-                if await self._do(step.receive_order, "RECEIVING"):
-                    self._undos = [*UNDOS]  # its id was used before, and Temporal has forgotten it
+                self._enter("RECEIVING")
+                await self._receive()
                 await self._do(step.validate_order, "VALIDATING")
                 await self._do(step.reserve_inventory, "RESERVING", undo=step.release_inventory)
 
@@ -155,6 +155,18 @@ class OrderWorkflow:
         return await self._despite_cancels(self._settle(state, failure))
 
     # What the story is made of.
+
+    async def _receive(self) -> None:
+        """Have the order written down. The ledger knows one that Temporal has forgotten."""
+        try:
+            if await run_activity(step.receive_order, self._order, self._order.max_attempts):
+                self._undos = [*UNDOS]
+        except ActivityError as error:
+            if is_cancelled_exception(error):
+                raise  # _settle() asks again
+            self._received, self._undos = True, [*UNDOS]  # nobody can say
+            raise
+        self._received = True
 
     async def _do(
         self, activity: Callable[..., Any], state: str, undo: Callable[..., Any] | None = None
@@ -205,12 +217,14 @@ class OrderWorkflow:
         """Halt the story when its time is used up, to which reviews and waits do not count."""
         # Not this machine's clock, but the time in the history, which is the same in each replay.
         self._due = workflow.time() + self._seconds_left
-        self._alarm = asyncio.create_task(self._ring(self._seconds_left))
-        yield
-        self._alarm.cancel()
+        alarm = asyncio.create_task(self._alarm(self._seconds_left))
+        try:
+            yield
+        finally:
+            alarm.cancel()
         self._seconds_left, self._due = self._due - workflow.time(), inf
 
-    async def _ring(self, seconds: float) -> None:
+    async def _alarm(self, seconds: float) -> None:
         """Halt the story after these seconds."""
         await workflow.sleep(seconds, summary="Deadline")
         self._halt(self._too_late())
@@ -262,7 +276,8 @@ class OrderWorkflow:
                     task_queue=SHIPPING_QUEUE,
                     # A shipping worker that is down holds up no cancel and no deadline.
                     cancellation_type=workflow.ChildWorkflowCancellationType.TRY_CANCEL,
-                    # After a reset the child of the run before may still be there.
+                    # After a reset the child of the run before may still be there. (Children have
+                    # no conflict policy in this SDK, which is what clients take for this.)
                     id_reuse_policy=WorkflowIDReusePolicy.TERMINATE_IF_RUNNING,
                     static_summary=f"Ship to {self._address}",
                 )
@@ -296,8 +311,11 @@ class OrderWorkflow:
     async def _settle(self, state: str, failure: ApplicationError | None) -> str:
         """Undo what was begun, unless all is done, and write down how it ended, last of all."""
         self._ending = True
-        if self._alarm:
-            self._alarm.cancel()
+        if not self._received:  # it shall end, but is it not perhaps another's, or done already?
+            try:
+                await self._receive()
+            except ActivityError as error:
+                state, failure = self._why(error)
         if failure and failure.type == "OrderConflict":
             self._show("FAILED")
             raise failure  # its id is another order's, whose trail and effects stay as they are
@@ -441,7 +459,7 @@ class ShippingWorkflow:
     async def run(self, raw: Any = None, *_: Any) -> None:
         """Ship one order; if that fails for good, tell the order why, and fail."""
         info = workflow.info()
-        order = parse_order(raw, info.workflow_id.partition("ship-")[2])
+        order = parse_order(raw, info.workflow_id.removeprefix("ship-"))
         try:
             await run_activity(step.prepare_package, order, order.max_attempts)
             await run_activity(step.dispatch_carrier, order, order.max_attempts)
@@ -451,6 +469,8 @@ class ShippingWorkflow:
             # Its failure is what the parent waits for; the signal is for the people who watch.
             reason = f"{error.activity_type} failed: {error.cause}"
             if info.parent:
-                parent = workflow.get_external_workflow_handle(info.parent.workflow_id)
+                parent = workflow.get_external_workflow_handle(
+                    info.parent.workflow_id, run_id=info.parent.run_id
+                )
                 await parent.signal(OrderWorkflow.dispatch_failed, reason)
             raise ApplicationError(reason, type="DispatchFailed") from error
