@@ -1097,15 +1097,17 @@ async def test_a_malformed_order_fails_at_once_and_leaves_no_trace(stage: Stage)
 # Updates, and the trail that an order leaves.
 
 
-async def place(stage: Stage, approved: bool = True, **fields: Any) -> Handle:
-    """Place an order, approved in advance or not."""
+async def place(
+    stage: Stage, approved: bool = True, first: str = "approve", **fields: Any
+) -> Handle:
+    """Place an order, approved or otherwise spoken to in advance, or not."""
     raw = PATIENT | {"order_id": f"more-{uuid.uuid4().hex}"} | fields
     return await (await connect(stage)).start_workflow(
         "OrderWorkflow",
         raw,
         id=raw["order_id"],
         task_queue=ORDERS_QUEUE,
-        start_signal="approve" if approved else None,
+        start_signal=first if approved else None,
     )
 
 
@@ -1315,6 +1317,21 @@ async def test_an_order_that_is_reset_while_its_old_child_still_ships_is_complet
 
 
 @side_by_side
+async def test_an_order_that_is_reset_while_it_is_undone_is_not_taken_up_again(
+    stage: Stage,
+) -> None:
+    """Or it would be charged and sent, and then the refund of the run before would land."""
+    faults = simulate(charge_payment="slow", refund_payment="late")
+    handle = await place(stage, **faults)
+    await reach(handle, "CHARGING")
+    await handle.signal("cancel")
+    await reach(handle, "refund_payment")
+    outcome = await gather(await reset(stage, handle, forget=False))
+    assert outcome.ended in ("OrderGivenUp", "CANCELLED") and fits(handle.id)
+    assert "dispatched" not in outcome.effects.values()
+
+
+@side_by_side
 async def test_the_audit_takes_the_outcome_of_an_orders_last_run(stage: Stage) -> None:
     handle = await completed(stage)
     for message in ("cancel", "approve"):
@@ -1328,7 +1345,7 @@ async def test_the_audit_takes_the_outcome_of_an_orders_last_run(stage: Stage) -
 async def test_an_order_id_that_the_server_forgot_is_the_same_order_or_is_refused(
     stage: Stage,
 ) -> None:
-    orders = [await completed(stage, order_id=f"again-{n}") for n in range(2)]
+    orders = [await completed(stage, order_id=f"again-{n}") for n in range(4)]
     told = notes("again-1", "outcome")
     await asyncio.gather(*(forget(stage, handle) for handle in orders))
     await completed(stage, order_id="again-0")
@@ -1337,6 +1354,10 @@ async def test_an_order_id_that_the_server_forgot_is_the_same_order_or_is_refuse
     assert (outcome.ended, outcome.effects) == ("OrderConflict", PAID)
     assert ledger("again-1", "requests")["charge"] == 1
     assert notes("again-1", "outcome") == told and fits("again-1")
+    # Also if it is cancelled before its first line: what has happened has happened.
+    await check_complete(await place(stage, first="cancel", order_id="again-2"))
+    outcome = await gather(await place(stage, first="cancel", order_id="again-3", amount_cents=5))
+    assert (outcome.ended, outcome.effects) == ("OrderConflict", PAID) and fits("again-3")
 
 
 async def forget(stage: Stage, handle: Handle) -> None:
@@ -1680,7 +1701,8 @@ TABLED = re.findall(r"`(python [^`]*)`", README)
 OURS = sorted(
     {m for line in [*BASH, *TABLED] for m in re.findall(r"\w+\.py(?: [^&|;#>]*)?$", line)}
 )
-SERVERS = sorted({m for line in BASH for m in re.findall(r"\btemporal [^&|;#>]*", line)})
+TYPED_THERE = [*BASH, *re.findall(r"`(temporal [^`]*)`", README)]
+SERVERS = sorted({m for line in TYPED_THERE for m in re.findall(r"\btemporal [^&|;#>]*", line)})
 
 
 @pytest.mark.parametrize("line", OURS)
@@ -2044,7 +2066,7 @@ def test_each_attempt_is_a_bar_and_nobody_died_who_lived(name: str, played: dict
     attempts = [event for event in played[name].events if event["attempt"]]
     seconds = [json.loads(event["payload_json"])["seconds"] for event in attempts]
     assert [bar.begin for bar in bars] == [event["ts"] for event in attempts]
-    assert [round(bar.end - bar.begin, 2) for bar in bars] == [round(s, 2) for s in seconds]
+    assert [bar.end - bar.begin for bar in bars] == pytest.approx(seconds, abs=0.001)
     failed = [json.loads(event["payload_json"])["ended"] != "ok" for event in attempts]
     assert [bar.mark == "x" for bar in bars] == failed
     assert "X" not in "".join(bar.mark for bar in bars)
