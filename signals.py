@@ -248,7 +248,7 @@ async def ask(handle: Handle) -> tuple[dict[str, Any], str]:
     try:
         query = handle.query("status", rpc_timeout=patience)
         # The RPC's limit is for each try of the SDK's; this one is for all of them.
-        status = dict(await asyncio.wait_for(query, 2 * patience.total_seconds()))
+        status = dict(await asyncio.wait_for(query, patience.total_seconds() + 1))
     except WorkflowQueryFailedError:
         return {}, f"the workflow's code fails; see: {see('history', handle.id)}"
     except (RPCError, TimeoutError) as error:
