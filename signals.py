@@ -108,6 +108,14 @@ class Keyboard:
             self._lines.put_nowait(None)
         return line
 
+    def forget(self) -> None:
+        """Drop what a person at a terminal typed before being asked; who leaves has left."""
+        while sys.stdin.isatty() and not self._lines.empty():
+            line = self._lines.get_nowait()
+            if line is None or line.lower() == "q":
+                self._lines.put_nowait(line)
+                return
+
     async def ask(self, question: str) -> str | None:
         """Ask, and return the answer, or None at the end of input."""
         print(question, end="", flush=True)

@@ -645,13 +645,9 @@ class Player:
             worker.poll()  # else a dead child of ours would still be there, as a zombie
         return not is_process(pid)
 
-    async def server_is_dead(self) -> bool:
-        """Tell whether nothing listens where the server was."""
-        return not await is_listening(self.address)
-
-    async def server_lives(self) -> bool:
-        """Tell whether something listens there."""
-        return await is_listening(self.address)
+    async def server_is_dead(self, dead: bool = True) -> bool:
+        """Tell whether nothing listens where the server was, or, dead=False, something does."""
+        return await is_listening(self.address) != dead
 
     async def timer_of(self, order_id: str) -> tuple[float, float]:
         """Read when an order's first timer began and when it fired, as Unix times; 0: not yet."""
@@ -795,7 +791,7 @@ class Player:
         """Start the server on the same file."""
         do = self.stage.start_server if self.stage else None
         typed = f"{command('worker.py')} server"
-        await self.act("starts it again", "the server lives", do, typed, self.server_lives)
+        await self.act("starts it again", "the server lives", do, typed, self.server_is_dead, False)
 
     async def shell(self, line: str, *sight: Any) -> str:
         """Run a command, wait until its effect is seen, and return what it said."""
@@ -952,6 +948,7 @@ class Person(Player):
         self.say_part("Do")
         other = f" (or: {typed})" if typed else ""
         say(f"{'':10}Enter {enter}{other}" if do else f"{'':10}Now: {typed}", indent=10)
+        self.keyboard.forget()
         hurry, by = hurry and not await self.over(), f" Enter {enter}" if do else ""
         line = asyncio.create_task(self.keyboard.line())
         try:
