@@ -95,7 +95,7 @@ def is_faults(value: Any) -> bool:
 
 
 ID, ID_RULE = "[A-Za-z0-9._-]{1,100}", "must be 1 to 100 of the characters A-Z a-z 0-9 . _ -"
-# Empty means the default, "pay-" and the order's id, which must be valid for the longest id too.
+# Empty means "pay-" and the order's id: that of the longest id there is has to be valid too.
 PAYMENT_ID = "[A-Za-z0-9._-]{0,104}"
 SECONDS_RULE = "must be 0 to 86400 seconds"
 RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
@@ -241,6 +241,14 @@ def perform(order: Order, kind: str, key: str) -> dict[str, Any]:
     return receipt
 
 
+def write(notes: Notes) -> None:
+    """Write notes, each once, however often we are asked."""
+    for note in notes.notes:
+        activity.heartbeat()
+        payload = {name: value for name, value in note.items() if name != "type"}
+        store.note(notes.order.order_id, note["type"], payload)
+
+
 def receive(order: Order) -> bool:
     """Ask the ledger whether it knows the order, and refuse one that a run before is undoing."""
     known = store.receive(order.order_id, asdict(order))
@@ -340,14 +348,6 @@ def record_decision(notes: Notes) -> None:
 def record_outcome(notes: Notes) -> None:
     """Write down how the order ended."""
     attempt(notes.order, f"recording {notes.notes[-1]['state']}", lambda: write(notes))
-
-
-def write(notes: Notes) -> None:
-    """Write notes, each once, however often we are asked."""
-    for note in notes.notes:
-        activity.heartbeat()
-        payload = {name: value for name, value in note.items() if name != "type"}
-        store.note(notes.order.order_id, note["type"], payload)
 
 
 ORDER_STEPS: list[Callable[..., Any]] = [

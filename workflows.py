@@ -158,37 +158,26 @@ class OrderWorkflow:
 
     async def _receive(self) -> None:
         """Have the order written down. The ledger knows one that Temporal has forgotten."""
+        known = True
         try:
-            if await run_activity(step.receive_order, self._order, self._order.max_attempts):
-                self._undos = [*UNDOS]
+            known = await run_activity(step.receive_order, self._order, self._order.max_attempts)
+            self._received = True
         except ActivityError as error:
-            if is_cancelled_exception(error):
-                raise  # _settle() asks again
-            self._received, self._undos = True, [*UNDOS]  # nobody can say
+            self._received = not is_cancelled_exception(error)  # else _settle() asks again
             raise
-        self._received = True
+        finally:
+            if known and self._received:
+                self._undos = [*UNDOS]
 
     async def _do(
         self, activity: Callable[..., Any], state: str, undo: Callable[..., Any] | None = None
     ) -> Any:
-        """Do a step. Its undo is registered first: a step that "failed" may have happened."""
-        self._enter(state)
-        if undo:
-            self._register(undo)
+        """Do a step."""
+        self._enter(state, undo)
         return await run_activity(activity, self._order, self._order.max_attempts)
 
-    def _register(self, undo: Callable[..., Any]) -> None:
-        """Have this undone, unless the order is completed (the saga pattern)."""
-        if undo not in self._undos:
-            self._undos.append(undo)
-
-    def _enter(self, state: str) -> None:
-        """Go on to the next part of the story, unless it shall end."""
-        self._check()
-        self._show(state)
-
-    def _check(self) -> None:
-        """Raise what shall end the story.
+    def _enter(self, state: str, undo: Callable[..., Any] | None = None) -> None:
+        """Go on to the next part of the story, or raise what shall end it.
 
         Without this look, a cancel that comes in the same moment as a step's answer would be lost:
         the `await` returns the answer and drops the cancel. And a busy server fires timers late.
@@ -199,6 +188,10 @@ class OrderWorkflow:
             raise asyncio.CancelledError
         if self._halted:
             raise self._halted
+        # The saga pattern: registered before the step, as one that "failed" may have happened.
+        if undo and undo not in self._undos:
+            self._undos.append(undo)
+        self._show(state)
 
     def _show(self, state: str) -> None:
         """Set the state and show it, in Temporal's Web UI too."""
@@ -263,8 +256,7 @@ class OrderWorkflow:
 
         A child, because another team's workers ship, which may be down while these take orders.
         """
-        self._enter("SHIPPING")
-        self._register(undo)
+        self._enter("SHIPPING", undo)
         order = replace(self._order, address=self._address)
         while True:
             self._shipping_attempts += 1
@@ -286,7 +278,7 @@ class OrderWorkflow:
                 if is_cancelled_exception(error):
                     raise
                 self._last_error = str(error.cause)
-            self._check()
+            self._enter("SHIPPING")
             if self._shipping_attempts == SHIPPING_TRIES:
                 problem = f"shipping failed {SHIPPING_TRIES} times: {self._last_error}"
                 raise ApplicationError(problem, type="OrderGivenUp")
