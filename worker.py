@@ -61,9 +61,7 @@ SERVER_DOWN = (RPCStatusCode.UNAVAILABLE, RPCStatusCode.UNKNOWN)
 STICKY = timedelta(seconds=1)
 BEAT = timedelta(seconds=0.4)  # a sign of life is passed on so often; 0.8 s: nearly taken for dead
 POLLS = 40  # tasks fetched at once; 5: a busy worker fetches late and replays, 8 % more CPU
-CACHED = (
-    230  # orders kept in memory, and as many children, 0.15 MB a pair; 1000: no bound of 200 MB
-)
+CACHED = 230  # orders in memory, and as many children, 0.15 MB a pair; 1000: more than 200 MB
 THREADS = 32  # activities at once; most of them wait, for the ledger
 # A server's: WAL makes one that keeps its data in a file as fast as one in memory, and it survives
 # kill -9 as well. Then: timers and retries under 1 s take no longer than they say, and a workflow
