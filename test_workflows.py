@@ -290,7 +290,7 @@ SCENARIOS: dict[str, Scenario] = {
     "approved by timer": Scenario("COMPLETED", PAID, TIMED),
     "approved before it starts": Scenario("COMPLETED", PAID, {"review_seconds": 0}, YES),
     "approved while it waits": Scenario(
-        "COMPLETED", PAID, {"wait_seconds": 5, "review_seconds": 0}, [("WAITING", "approve", "")]
+        "COMPLETED", PAID, {"wait_seconds": 15, "review_seconds": 0}, [("WAITING", "approve", "")]
     ),
     "approved twice": Scenario("COMPLETED", PAID, {}, [*YES, ("NOW", "approve", "again")]),
     "rejected": Scenario("REJECTED", UNPAID, {}, [("AWAITING_REVIEW", "reject", "no")]),
@@ -659,8 +659,9 @@ def with_fault(step: str, fault: str, fields: dict[str, Any]) -> Scenario:
     return Scenario("COMPLETED", PAID, fields | {"simulate": {step: fault}}, YES)
 
 
+# As many attempts as it takes: a busy machine misses a heartbeat now and then, which costs one.
 FAULTY = {
-    f"{step} {fault}": with_fault(step, fault, {})
+    f"{step} {fault}": with_fault(step, fault, {"max_attempts": 0})
     for step in STEPS
     for fault in ("flaky", "hang", "slow", "late")
 }
@@ -695,12 +696,12 @@ def test_what_is_final_is_asked_for_once(played: dict[str, Any]) -> None:
 
 def test_each_timer_is_called_what_it_is(played: dict[str, Any]) -> None:
     """The Web UI shows these names; here each timer has seconds of its own."""
-    names = {5: "Requested wait", 600: "Deadline"}
+    names = {15: "Requested wait", 600: "Deadline"}
     seen: Counter[float] = Counter()
     for event in played["approved while it waits"].history.events:
         if event.HasField("timer_started_event_attributes"):
             timer = event.timer_started_event_attributes.start_to_fire_timeout
-            whole = next((s for s in names if s - 5 < timer.ToTimedelta().total_seconds() <= s), 0)
+            whole = 600 if timer.ToTimedelta().total_seconds() > 100 else 15
             assert json.loads(event.user_metadata.summary.data or '""') == names[whole]
             seen[whole] += 1
     assert seen[5] == 1 and seen[600] >= 1
