@@ -328,10 +328,10 @@ SCENARIOS: dict[str, Scenario] = {
         "COMPLETED", PAID, simulate(dispatch_carrier="slow") | {"deadline_seconds": 4}, YES
     ),
     "a wait does not count": Scenario(
-        "COMPLETED", PAID, TIMED | {"deadline_seconds": 4, "wait_seconds": 5}
+        "COMPLETED", PAID, TIMED | {"deadline_seconds": 12, "wait_seconds": 14}
     ),
     "a review does not count": Scenario(
-        "COMPLETED", PAID, TIMED | {"deadline_seconds": 4, "review_seconds": 5}
+        "COMPLETED", PAID, TIMED | {"deadline_seconds": 12, "review_seconds": 14}
     ),
     "dispatch fails three times": Scenario(
         "OrderGivenUp", VOIDED, simulate(dispatch_carrier="down"), YES, {"shipping_attempts": 3}
@@ -412,7 +412,9 @@ for state, left, order, fault in CANCELS:
         sends = [*(YES if fault else []), (state, way, "stop")]
         SCENARIOS[f"{way} while {state} {fault}"] = Scenario("CANCELLED", left, order, sends)
 # How an order may end, and with what effects, if a message was too late for its slow step.
-FITTING = [("COMPLETED", PAID), ("CANCELLED", REFUNDED), ("CANCELLED", VOIDED)]
+FITTING = [("COMPLETED", PAID)] + [
+    (end, left) for end in ("CANCELLED", "DeadlineExceeded") for left in (UNPAID, REFUNDED, VOIDED)
+]
 
 
 async def play(
@@ -619,12 +621,16 @@ def check(scenario: Scenario, outcome: Outcome | BaseException) -> None:
 
 
 def is_late(scenario: Scenario, outcome: Outcome) -> bool:
-    """Tell whether a busy machine sent the last message when its slow step had answered."""
+    """Tell whether a busy machine was late for the 5 s in which its slow step is at work."""
     simulate = scenario.order.get("simulate", {})
+    if "dispatch_carrier" in simulate and "dispatch_carrier" not in [
+        row["type"] for row in outcome.events
+    ]:
+        return True  # the deadline, or a cancel, came before it
     slow = [
         payload
         for row in outcome.events
-        if simulate.get(row["type"]) == "slow"
+        if simulate.get(row["type"]) in ("slow", "late")
         for payload in [json.loads(row["payload_json"]) | row]
         if payload.get("ended") == "ok"
     ]
