@@ -463,6 +463,8 @@ def lanes(events: list[Any], attempts: list[dict[str, Any]], now: float) -> list
     """
     bars = temporal_bars(events, now)
     bars += attempt_bars(attempts, bars, kind_of(events[-1]) in ENDS, now)
+    if not bars:
+        return ["no worker has taken it up yet"]
     column, shortened, clock = time_scale(bars)
     drawn = {"Temporal": [" "] * WIDTH}
     for bar in sorted(bars, key=lambda bar: bar.begin):

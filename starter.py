@@ -971,7 +971,9 @@ class Person(Player):
     async def sees(self, sight: Sight, *given: Any, within: float = 6) -> bool:
         """Look, while the server may be dead or about to die."""
         with suppress(TimeoutError, RPCError):
-            return await asyncio.wait_for(sees(sight, *given), within)
+            # Not wait_for(): on Python 3.11 it may swallow a Ctrl+C that comes with the answer.
+            async with asyncio.timeout(within):
+                return await sees(sight, *given)
         return False
 
     async def over(self) -> bool:
