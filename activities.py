@@ -83,11 +83,6 @@ def is_seconds(value: Any) -> bool:
     return type(value) in (int, float) and 0 <= value <= 86_400
 
 
-def is_address(value: Any) -> bool:
-    """Tell whether the value is text of 1 to 200 characters that is not blank."""
-    return isinstance(value, str) and 1 <= len(value) <= 200 and not value.isspace()
-
-
 def is_faults(value: Any) -> bool:
     """Tell whether the value names known steps and known faults."""
     known = [(step, fault) for step in STEPS for fault in FAULTS]
@@ -98,12 +93,13 @@ ID, ID_RULE = "[A-Za-z0-9._-]{1,100}", "must be 1 to 100 of the characters A-Z a
 # Empty means "pay-" and the order's id: that of the longest id there is has to be valid too.
 PAYMENT_ID = "[A-Za-z0-9._-]{0,104}"
 SECONDS_RULE = "must be 0 to 86400 seconds"
+TEXT = like(".{1,200}")
 RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "order_id": (like(f"{ID}|charge-{ID}-[0-9]{{1,9}}"), ID_RULE),
     "customer_id": (like(ID), ID_RULE),
     "amount_cents": (whole(1, 100_000_000), "must be 1 to 100000000 whole cents"),
     "payment_id": (like(PAYMENT_ID), ID_RULE.replace("100", "104")),
-    "address": (is_address, "must be 1 to 200 characters, not blank"),
+    "address": (lambda v: TEXT(v) and not v.isspace(), "must be 1 to 200 characters, not blank"),
     "card_expiry": (like("(0[1-9]|1[0-2])/[0-9]{2}"), "must be a month and a year like 12/30"),
     "wait_seconds": (is_seconds, SECONDS_RULE),
     "review": (like("person|timer"), "must be person or timer"),
@@ -149,23 +145,16 @@ def parse_order(raw: Any, workflow_id: str, charge: bool = False) -> Order:
     )
 
 
-@dataclass(frozen=True)
-class Notes:
-    """What to write into the audit trail: human decisions, or the outcome."""
-
-    order: Order
-    notes: list[dict[str, Any]]  # each with its "type"; the rest is its payload
-
-
 # An attempt at an activity, and what may go wrong with it.
 
 # How often a waiting activity says that it is alive, and looks whether it shall stop.
 BEAT_SECONDS = 0.1
 
 
-def attempt(order: Order, doing: str, effect: Callable[[], T], **payload: Any) -> T:
+def attempt(order: Order, effect: Callable[[], T], doing: str = "", **payload: Any) -> T:
     """Make one attempt: note it with this payload, play its fault, do the effect, note its end."""
     step, number = activity.info().activity_type, activity.info().attempt
+    doing = doing or step
     fault = order.simulate.get(step, "")
     started, ended = time.monotonic(), "ok"
     event = store.begin(order.order_id, step, number, {**payload, "worker": os.getpid()})
@@ -183,7 +172,7 @@ def attempt(order: Order, doing: str, effect: Callable[[], T], **payload: Any) -
         with suppress(sqlite3.Error):  # a refusal must reach Temporal although the ledger is locked
             store.finish(event, ended, time.monotonic() - started)
     if fault == "crash-after" and claim(order, step, fault):
-        crash(doing, order)
+        crash(order, step)
     return result
 
 
@@ -198,7 +187,7 @@ def fail_before(order: Order, step: str, fault: str) -> None:
     if fault == "late" and claim(order, step, fault):
         wait(SLOW_SECONDS, obedient=False)
     if fault == "crash-before" and claim(order, step, fault):
-        crash(step, order)
+        crash(order, step)
 
 
 def draw(order: Order, step: str) -> str:
@@ -226,9 +215,9 @@ def wait(seconds: float, obedient: bool = True) -> None:
         time.sleep(min(BEAT_SECONDS, left))
 
 
-def crash(doing: str, order: Order) -> None:
+def crash(order: Order, step: str) -> None:
     """Die here, at once and without cleaning up, as under kill -9."""
-    log.info("worker %d dies while %s for %s", os.getpid(), doing, order.order_id)
+    log.info("worker %d dies in %s of %s", os.getpid(), step, order.order_id)
     os._exit(137)  # 128 + 9: what a shell reports after kill -9
 
 
@@ -241,20 +230,11 @@ def perform(order: Order, kind: str, key: str) -> dict[str, Any]:
     return receipt
 
 
-def write(notes: Notes) -> None:
-    """Write notes, each once, however often we are asked."""
-    for note in notes.notes:
+def write(order: Order, notes: list[dict[str, Any]]) -> None:
+    """Write notes, each once, however often we are asked; all but its type is its payload."""
+    for note in notes:
         activity.heartbeat()
-        payload = {name: value for name, value in note.items() if name != "type"}
-        store.note(notes.order.order_id, note["type"], payload)
-
-
-def receive(order: Order) -> bool:
-    """Ask the ledger whether it knows the order, and refuse one that a run before is undoing."""
-    known = store.receive(order.order_id, asdict(order))
-    if known and any(store.count(order.order_id, undo) for undo in UNDO_STEPS):
-        raise store.OrderGivenUp(f"{order.order_id} is being undone by another run")
-    return known
+        store.note(order.order_id, note["type"], {k: v for k, v in note.items() if k != "type"})
 
 
 def charge(order: Order) -> dict[str, Any]:
@@ -280,81 +260,75 @@ in_thread = activity.defn(no_thread_cancel_exception=True)
 @in_thread
 def receive_order(order: Order) -> bool:
     """Write the order down. Return whether it is known, as one that was reset is."""
-    return attempt(order, "receiving", lambda: receive(order), **asdict(order))
+    contents, undos = asdict(order), [undo.__name__ for undo in UNDOS]
+    return attempt(order, lambda: store.receive(order.order_id, contents, undos), **contents)
 
 
 @in_thread
 def validate_order(order: Order) -> None:
     """Check the order. Who called is not an activity's concern, what it accepts is: so, again."""
-    workflow_id = activity.info().workflow_id or ""
-    attempt(order, "validating", lambda: parse_order(asdict(order), workflow_id))
+    attempt(order, lambda: parse_order(asdict(order), activity.info().workflow_id or ""))
 
 
 @in_thread
 def reserve_inventory(order: Order) -> dict[str, Any]:
     """Put the goods aside."""
-    return attempt(order, "reserving", lambda: perform(order, "reservation", order.order_id))
+    return attempt(order, lambda: perform(order, "reservation", order.order_id))
 
 
 @in_thread
 def charge_payment(order: Order) -> dict[str, Any]:
     """Charge the customer. The key is the payment id: it means the same on every attempt."""
     doing = f"charging {order.customer_id} {order.amount_cents / 100:.2f}"
-    return attempt(order, doing, lambda: charge(order))
+    return attempt(order, lambda: charge(order), doing)
 
 
 @in_thread
 def prepare_package(order: Order) -> None:
     """Pack the goods."""
-    attempt(order, "packing", lambda: None, address=order.address)
+    attempt(order, lambda: None, address=order.address)
 
 
 @in_thread
 def dispatch_carrier(order: Order) -> dict[str, Any]:
     """Hand over to the carrier. This is what cannot be undone."""
-    return attempt(
-        order,
-        "dispatching",
-        lambda: perform(order, "dispatch", order.order_id),
-        address=order.address,
-    )
+    return attempt(order, lambda: perform(order, "dispatch", order.order_id), address=order.address)
 
 
 @in_thread
 def void_dispatch(order: Order) -> str:
     """Forbid the dispatch. Return "voided", or "dispatched" if it has happened."""
-    return attempt(order, "voiding", lambda: undo(order, "dispatch", order.order_id))
+    return attempt(order, lambda: undo(order, "dispatch", order.order_id))
 
 
 @in_thread
 def refund_payment(order: Order) -> str:
     """Give the money back. If none was taken yet, forbid taking it late."""
-    return attempt(order, "refunding", lambda: undo(order, "charge", order.payment_id))
+    return attempt(order, lambda: undo(order, "charge", order.payment_id))
 
 
 @in_thread
 def release_inventory(order: Order) -> str:
     """Put the goods back. If none were taken yet, forbid taking them late."""
-    return attempt(order, "releasing", lambda: undo(order, "reservation", order.order_id))
+    return attempt(order, lambda: undo(order, "reservation", order.order_id))
 
 
 @in_thread
-def record_decision(notes: Notes) -> None:
+def record_decision(order: Order, notes: list[dict[str, Any]]) -> None:
     """Write down what people asked for."""
-    attempt(notes.order, "recording decisions", lambda: write(notes))
+    attempt(order, lambda: write(order, notes))
 
 
 @in_thread
-def record_outcome(notes: Notes) -> None:
+def record_outcome(order: Order, outcome: dict[str, Any]) -> None:
     """Write down how the order ended."""
-    attempt(notes.order, f"recording {notes.notes[-1]['state']}", lambda: write(notes))
+    attempt(order, lambda: write(order, [outcome]), f"recording {outcome['state']}")
 
 
+UNDOS: list[Callable[..., Any]] = [release_inventory, refund_payment, void_dispatch]  # as the steps
 ORDER_STEPS: list[Callable[..., Any]] = [
-    *(receive_order, validate_order, reserve_inventory, charge_payment),
-    *(void_dispatch, refund_payment, release_inventory),
+    *(receive_order, validate_order, reserve_inventory, charge_payment, *UNDOS),
     *(record_decision, record_outcome),
 ]
-UNDO_STEPS = ["void_dispatch", "refund_payment", "release_inventory"]
 SHIPPING_STEPS: list[Callable[..., Any]] = [prepare_package, dispatch_carrier]
 STEPS = [step.__name__ for step in ORDER_STEPS + SHIPPING_STEPS]

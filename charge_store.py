@@ -19,8 +19,6 @@ import textwrap
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +55,7 @@ class OrderConflict(Exception):
     """The order id was used before, for an order with other contents."""
 
 
-# The ledger. Each statement below is a transaction: it happens whole or not at all.
+# The ledger. Each statement is a transaction: it happens whole or not at all.
 
 
 def perform(
@@ -67,18 +65,17 @@ def perform(
 
     Raises PaymentConflict if the key is another's, OrderGivenUp if the effect was undone.
     """
-    with connect() as connection:
-        [row] = connection.execute(  # inserted now or there before: one row either way
-            "INSERT INTO effects VALUES (?, ?, ?, ?, ?, ?, 1, ?)"
-            " ON CONFLICT DO UPDATE SET requests = requests + 1 RETURNING *",
-            (kind, key, order_id, customer_id, amount_cents, IN_FORCE[kind], time.time()),
-        ).fetchall()
-    owner = (row["order_id"], row["customer_id"], row["amount_cents"])
-    if owner != (order_id, customer_id, amount_cents):
+    owner = (order_id, customer_id, amount_cents)
+    [row] = execute(  # inserted now or there before: one row either way
+        "INSERT INTO effects VALUES (?, ?, ?, ?, ?, ?, 1, ?)"
+        " ON CONFLICT DO UPDATE SET requests = requests + 1 RETURNING *",
+        *(kind, key, *owner, IN_FORCE[kind], time.time()),
+    )
+    if (row["order_id"], row["customer_id"], row["amount_cents"]) != owner:
         raise PaymentConflict(f"{kind} key {key} belongs to another order, customer or amount")
     if row["status"] != IN_FORCE[kind]:
         raise OrderGivenUp(f"{kind} {key} is {row['status']}: the order was given up")
-    return dict(row)
+    return row
 
 
 def undo(kind: str, key: str, order_id: str, customer_id: str, amount_cents: int) -> str:
@@ -89,14 +86,13 @@ def undo(kind: str, key: str, order_id: str, customer_id: str, amount_cents: int
     otherwise        it stays as it is
     """
     effect = (kind, key, order_id, customer_id, amount_cents)
-    with connect() as connection:
-        rows = connection.execute(
-            "INSERT INTO effects VALUES (?, ?, ?, ?, ?, 'voided', 0, ?) ON CONFLICT DO UPDATE"
-            " SET status = CASE status WHEN ? THEN ? ELSE status END"
-            " WHERE order_id = excluded.order_id AND customer_id = excluded.customer_id"
-            " AND amount_cents = excluded.amount_cents RETURNING status",
-            (*effect, time.time(), IN_FORCE[kind], UNDONE[kind]),
-        ).fetchall()
+    rows = execute(
+        "INSERT INTO effects VALUES (?, ?, ?, ?, ?, 'voided', 0, ?) ON CONFLICT DO UPDATE"
+        " SET status = CASE status WHEN ? THEN ? ELSE status END"
+        " WHERE order_id = excluded.order_id AND customer_id = excluded.customer_id"
+        " AND amount_cents = excluded.amount_cents RETURNING status",
+        *(*effect, time.time(), IN_FORCE[kind], UNDONE[kind]),
+    )
     return str(rows[0]["status"]) if rows else "not ours"
 
 
@@ -105,22 +101,19 @@ def undo(kind: str, key: str, order_id: str, customer_id: str, amount_cents: int
 
 def note(order_id: str, type_: str, payload: dict[str, Any]) -> bool:
     """Write a note, once however often it comes; return whether it is new."""
-    return _add(order_id, type_, 0, payload, "FULL") > 0
+    return begin(order_id, type_, 0, payload, "FULL") > 0
 
 
-def begin(order_id: str, step: str, attempt: int, payload: dict[str, Any]) -> int:
-    """Write down that an attempt begins; return its event's id for finish()."""
-    return _add(order_id, step, attempt, payload, "NORMAL")
-
-
-def _add(order_id: str, type_: str, attempt: int, payload: dict[str, Any], level: str) -> int:
-    """Append an event and return its id, or 0 if it is a note that stands there already."""
-    with connect(level) as connection:
-        rows = connection.execute(
-            "INSERT INTO events (order_id, type, attempt, payload_json, ts) VALUES (?, ?, ?, ?, ?)"
-            " ON CONFLICT DO NOTHING RETURNING id",
-            (order_id, type_, attempt, json.dumps(payload), time.time()),
-        ).fetchall()
+def begin(
+    order_id: str, step: str, attempt: int, payload: dict[str, Any], synchronous: str = "NORMAL"
+) -> int:
+    """Write down that an attempt begins; return its event's id for finish(), 0 for an old note."""
+    rows = execute(
+        "INSERT INTO events (order_id, type, attempt, payload_json, ts) VALUES (?, ?, ?, ?, ?)"
+        " ON CONFLICT DO NOTHING RETURNING id",
+        *(order_id, step, attempt, json.dumps(payload), time.time()),
+        synchronous=synchronous,
+    )
     return int(rows[0]["id"]) if rows else 0
 
 
@@ -130,43 +123,37 @@ def finish(event_id: int, ended: str, seconds: float) -> None:
     An attempt whose process died has neither. One that ended ok may be followed by another all the
     same: the effect happened and the ledger knows it, but Temporal never got the answer.
     """
-    with connect("NORMAL") as connection:
-        connection.execute(
-            "UPDATE events SET payload_json = json_set(payload_json, '$.ended', ?, '$.seconds', ?)"
-            " WHERE id = ?",
-            (ended, round(seconds, 3), event_id),
-        )
+    execute(
+        "UPDATE events SET payload_json = json_set(payload_json, '$.ended', ?, '$.seconds', ?)"
+        " WHERE id = ?",
+        *(ended, round(seconds, 3), event_id),
+        synchronous="NORMAL",
+    )
 
 
-def receive(order_id: str, contents: dict[str, Any]) -> bool:
+def receive(order_id: str, contents: dict[str, Any], undo_steps: list[str]) -> bool:
     """Tell whether an order is known: the providers were asked for it before.
 
-    Raises OrderConflict if its id was first used with other contents.
+    Raises OrderConflict if its id was first used with other contents, OrderGivenUp if one of these
+    steps has begun to undo it: what that does may be on its way.
     """
-    first = select(
-        "SELECT payload_json FROM events WHERE order_id = ? AND type = 'receive_order'"
-        " ORDER BY id LIMIT 1",
-        order_id,
-    )
-    if first and not json.loads(first[0]["payload_json"]).items() >= contents.items():
+    trail = execute("SELECT * FROM events WHERE order_id = ? ORDER BY id", order_id)
+    first = next((event for event in trail if event["type"] == "receive_order"), None)
+    if first and not json.loads(first["payload_json"]).items() >= contents.items():
         raise OrderConflict(f"order_id: {order_id} was used before, for another order")
+    if any(event["type"] in undo_steps for event in trail):
+        raise OrderGivenUp(f"{order_id} is being undone by another run")
     return bool(effects_of(order_id))
 
 
 def count(order_id: str, type_: str) -> int:
     """Count an order's events of one type."""
-    return len(select("SELECT id FROM events WHERE order_id = ? AND type = ?", order_id, type_))
+    return len(execute("SELECT id FROM events WHERE order_id = ? AND type = ?", order_id, type_))
 
 
 def effects_of(order_id: str) -> list[dict[str, Any]]:
     """Read an order's effects in the order in which they came."""
-    return select("SELECT * FROM effects WHERE order_id = ? ORDER BY created_at", order_id)
-
-
-def select(query: str, *values: Any) -> list[dict[str, Any]]:
-    """Read rows as dictionaries."""
-    with connect() as connection:
-        return [dict(row) for row in connection.execute(query, values).fetchall()]
+    return execute("SELECT * FROM effects WHERE order_id = ? ORDER BY created_at", order_id)
 
 
 def audit() -> tuple[int, list[str]]:
@@ -175,12 +162,12 @@ def audit() -> tuple[int, list[str]]:
     A charge alone has no outcome; like an order that still runs it may have one effect of a kind.
     """
     outcomes = {}  # of an order that was reset, the last run's stays
-    for row in select("SELECT * FROM events WHERE type = 'outcome' ORDER BY id"):
+    for row in execute("SELECT * FROM events WHERE type = 'outcome' ORDER BY id"):
         outcomes[row["order_id"]] = json.loads(row["payload_json"])["state"]
     in_force: Counter[tuple[str, str]] = Counter()
-    for row in select("SELECT * FROM effects"):
+    for row in execute("SELECT * FROM effects"):
         in_force[row["order_id"], row["kind"]] += row["status"] == IN_FORCE[row["kind"]]
-    orders = select(
+    orders = execute(
         "SELECT order_id FROM events WHERE type != 'held' UNION SELECT order_id FROM effects"
     )
     violations = []
@@ -200,19 +187,17 @@ def audit() -> tuple[int, list[str]]:
 # How long to wait for another writer before the attempt fails, for Temporal to repeat it. More than
 # the heartbeat's second (workflows.py) is of no use: the server has given the attempt up by then.
 PATIENCE_SECONDS = 1
-BESIDE = str(Path(__file__).with_name("charge_store.db"))
 _turn = threading.RLock()
 _opened: dict[tuple[str, int], sqlite3.Connection] = {}  # at most one, by file name and inode
 
 
 def store_path() -> Path:
     """Name the SQLite file: CHARGE_STORE, or charge_store.db beside the scripts."""
-    return Path(os.environ.get("CHARGE_STORE") or BESIDE)
+    return Path(os.environ.get("CHARGE_STORE") or Path(__file__).with_name("charge_store.db"))
 
 
-@contextmanager
-def connect(synchronous: str = "FULL") -> Iterator[sqlite3.Connection]:
-    """Take a turn at the connection that all threads share.
+def execute(statement: str, *values: Any, synchronous: str = "FULL") -> list[dict[str, Any]]:
+    """Run a statement, which is a transaction, on the connection of all threads; return its rows.
 
     FULL: what was answered is on disk, even if the power fails. NORMAL, for what is written about
     attempts: safe from kill -9, and on disk with the next FULL (12 % less CPU an order).
@@ -220,17 +205,20 @@ def connect(synchronous: str = "FULL") -> Iterator[sqlite3.Connection]:
     if not _turn.acquire(timeout=PATIENCE_SECONDS):
         raise sqlite3.OperationalError("database is locked")
     try:
-        name = os.environ.get("CHARGE_STORE") or BESIDE
-        file = (name, os.stat(name).st_ino if os.path.exists(name) else 0)
+        path = store_path()
+        file = (str(path), path.stat().st_ino if path.exists() else 0)
         if file not in _opened:  # CHARGE_STORE names another one, or somebody deleted this one
             close()
-            connection = _open(name)
-            file = (name, os.stat(name).st_ino)
+            connection = _open(path)
+            file = (str(path), path.stat().st_ino)
             _opened[file] = connection
         _opened[file].execute(f"PRAGMA synchronous = {synchronous}")
-        yield _opened[file]
+        return [dict(row) for row in _opened[file].execute(statement, values).fetchall()]
     finally:
         _turn.release()
+
+
+select = execute
 
 
 def close() -> None:
@@ -243,12 +231,12 @@ def close() -> None:
 atexit.register(close)
 
 
-def _open(name: str) -> sqlite3.Connection:
+def _open(path: Path) -> sqlite3.Connection:
     """Open a store and make what is missing in it, however many processes do so at once."""
     if sqlite3.sqlite_version_info < (3, 35):
         sys.exit(f"SQLite {sqlite3.sqlite_version} is too old, the ledger needs 3.35 or newer")
     connection = sqlite3.connect(
-        name, timeout=PATIENCE_SECONDS, isolation_level=None, check_same_thread=False
+        path, timeout=PATIENCE_SECONDS, isolation_level=None, check_same_thread=False
     )
     connection.row_factory = sqlite3.Row
     until = time.monotonic() + PATIENCE_SECONDS
@@ -293,7 +281,7 @@ def proof(effect: dict[str, Any]) -> str:
 
 def say_order(order_id: str) -> bool:
     """Print an order's events, with the seconds since the first, and its effects."""
-    events = select("SELECT * FROM events WHERE order_id = ? ORDER BY id", order_id)
+    events = execute("SELECT * FROM events WHERE order_id = ? ORDER BY id", order_id)
     for event in events:
         payload = json.loads(event["payload_json"])
         told = f"{event['ts'] - events[0]['ts']:8.2f} s  {event['type']}"
@@ -329,7 +317,7 @@ def main() -> int:
         if not say_order(options.order_id):
             sys.exit(f"nothing of '{printable(options.order_id)}' in {path}")
         return 0
-    newest = select("SELECT * FROM effects ORDER BY created_at DESC LIMIT 20")
+    newest = execute("SELECT * FROM effects ORDER BY created_at DESC LIMIT 20")
     for effect in reversed(newest):
         say(f"{proof(effect):48}  {effect['order_id']} (key {effect['idempotency_key']})", 4)
     if not newest:

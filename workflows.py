@@ -27,40 +27,37 @@ from temporalio.exceptions import (
 # Workflow code runs in a sandbox, which loads modules anew for each run; these need it not.
 with workflow.unsafe.imports_passed_through():
     import activities as step
-    from activities import RULES, Notes, Order, parse_order
+    from activities import RULES, Order, parse_order
 
 ORDERS_QUEUE, SHIPPING_QUEUE = "orders-tq", "shipping-tq"
 SHIPPING_TRIES = 3
 NOTE_LENGTH = 500
 NOTES_KEPT = 300  # of an order; further messages are only counted, for a history has its limits
-UNDOS = [step.release_inventory, step.refund_payment, step.void_dispatch]  # in the steps' order
 # Answers that asking again will not change.
 REFUSALS = ["InvalidOrder", "OrderConflict", "PaymentDeclined", "PaymentConflict", "OrderGivenUp"]
 
-# What happens when a worker is killed between the charge and its answer: it is silent, and after
-# HEARTBEAT the server gives the attempt up and, FIRST_RETRY later, hands the next to any worker.
-# (A step that takes longer beats, every 0.1 s; the worker passes that on every 0.4 s, BEAT there.
-# With 0.6 s here, 300 orders at full load had 53 attempts taken for dead; with 1 s, 2.)
+# A worker killed between the charge and its answer is silent: after HEARTBEAT the server gives the
+# attempt up, and 0.1 s later it hands the next one to any worker. (A step that takes longer beats
+# every 0.1 s; worker.py passes that on every 0.4 s. 0.6 s here took the living for dead at load.)
 HEARTBEAT = timedelta(seconds=1)
-# Outages and crashes end soon here, so ask again soon: after 0.1, 0.2, 0.4, 0.8 s, then every 1 s.
-FIRST_RETRY, SLOWEST_RETRY = timedelta(seconds=0.1), timedelta(seconds=1)
 # The slowest honest answer takes 5 s; after twice that we stop waiting for it.
 START_TO_CLOSE = timedelta(seconds=10)
+# Outages and crashes end soon here, so ask again soon: after 0.1, 0.2, 0.4, 0.8 s, then every 1 s.
+RETRY = RetryPolicy(
+    initial_interval=timedelta(seconds=0.1),
+    maximum_interval=timedelta(seconds=1),
+    non_retryable_error_types=REFUSALS,
+)
 
 
-async def run_activity(activity: Callable[..., Any], argument: Any, max_attempts: int) -> Any:
+async def run_activity(activity: Callable[..., Any], max_attempts: int, *arguments: Any) -> Any:
     """Run an activity until it has an answer or its attempts (0: no limit) are used up."""
     return await workflow.execute_activity(
         activity,
-        argument,
+        args=arguments,
         start_to_close_timeout=START_TO_CLOSE,
         heartbeat_timeout=HEARTBEAT,
-        retry_policy=RetryPolicy(
-            initial_interval=FIRST_RETRY,
-            maximum_interval=SLOWEST_RETRY,
-            maximum_attempts=max_attempts,
-            non_retryable_error_types=REFUSALS,
-        ),
+        retry_policy=replace(RETRY, maximum_attempts=max_attempts),
         summary=str(activity.__doc__).partition(".")[0],
     )
 
@@ -84,7 +81,7 @@ class ChargeWorkflow:
         order = parse_order(raw, workflow.info().workflow_id, charge=True)
         if order.wait_seconds:
             await workflow.sleep(order.wait_seconds, summary="Wait before the charge")
-        return dict(await run_activity(step.charge_payment, order, order.max_attempts))
+        return dict(await run_activity(step.charge_payment, order.max_attempts, order))
 
 
 class Ended(Exception):
@@ -97,25 +94,20 @@ class OrderWorkflow:
 
     @workflow.init
     def __init__(self, raw: Any = None, *_: Any) -> None:
-        # A signal can run before run()'s first line, so all state is set here; what is wrong with
-        # the input is kept for run() to raise, because raising here would fail the workflow task.
-        info = workflow.info()
-        self._invalid: ApplicationError | None = None
-        self._order = Order(info.workflow_id)
+        # A signal can run before run()'s first line, so all state is set here. What is wrong with
+        # the input is for run() to raise: raised here it would fail the workflow task.
+        self._order = Order(workflow.info().workflow_id)
+        self._state, self._last_error = "RECEIVING", ""
+        self._closed = False  # nothing more may be written down
         try:
-            self._order = parse_order(raw, info.workflow_id)
+            self._order = parse_order(raw, workflow.info().workflow_id)
         except ApplicationError as error:
-            self._invalid = error
-        self._state = "RECEIVING"
-        self._last_error = self._invalid.message if self._invalid else ""
+            self._state, self._last_error, self._closed = "FAILED", error.message, True
         self._address = self._order.address
         self._decision: str | None = None
         self._decision_note = ""
         self._shipping_attempts = 0
-        self._received = False
         self._undos: list[Callable[..., Any]] = []
-        if info.run_id != info.first_execution_run_id:
-            self._undos = [*UNDOS]  # a reset: who knows what the run before has done
         self._seconds_left = self._order.deadline_seconds
         self._due = inf  # when the deadline is; never, while the time does not count
         self._story: asyncio.Task[Any] | None = None
@@ -124,7 +116,6 @@ class OrderWorkflow:
         self._messages = 0
         self._notes: list[dict[str, Any]] = []  # that are still to be written down
         self._writer: asyncio.Task[None] | None = None
-        self._closed = False  # the outcome is being written, nothing may follow it
 
     @workflow.run
     async def run(self, raw: Any = None, *_: Any) -> str:
@@ -132,14 +123,15 @@ class OrderWorkflow:
 
         Raises ApplicationError if it FAILED; its type says why.
         """
-        if self._invalid:
-            self._show("FAILED")
-            raise self._invalid
+        parse_order(raw, workflow.info().workflow_id)  # raises what is wrong with it
+        # Not a part of the story: no cancel stops it, as the ending must know what it says.
+        attempts = self._order.max_attempts
+        received = asyncio.create_task(run_activity(step.receive_order, attempts, self._order))
         self._story = asyncio.current_task()
         try:
             async with self._deadline():
                 self._enter("RECEIVING")
-                await self._receive()
+                await asyncio.shield(received)
                 await self._do(step.validate_order, "VALIDATING")
                 await self._do(step.reserve_inventory, "RESERVING", undo=step.release_inventory)
 
@@ -152,29 +144,16 @@ class OrderWorkflow:
             state, failure = "COMPLETED", None
         except (Ended, FailureError, asyncio.CancelledError) as error:
             state, failure = self._why(self._halted or error)
-        return await self._despite_cancels(self._settle(state, failure))
+        return await self._despite_cancels(self._settle(received, state, failure))
 
     # What the story is made of.
 
-    async def _receive(self) -> None:
-        """Have the order written down. The ledger knows one that Temporal has forgotten."""
-        known = True
-        try:
-            known = await run_activity(step.receive_order, self._order, self._order.max_attempts)
-            self._received = True
-        except ActivityError as error:
-            self._received = not is_cancelled_exception(error)  # else _settle() asks again
-            raise
-        finally:
-            if known and self._received:
-                self._undos = [*UNDOS]
-
     async def _do(
         self, activity: Callable[..., Any], state: str, undo: Callable[..., Any] | None = None
-    ) -> Any:
+    ) -> None:
         """Do a step."""
         self._enter(state, undo)
-        return await run_activity(activity, self._order, self._order.max_attempts)
+        await run_activity(activity, self._order.max_attempts, self._order)
 
     def _enter(self, state: str, undo: Callable[..., Any] | None = None) -> None:
         """Go on to the next part of the story, or raise what shall end it.
@@ -256,9 +235,9 @@ class OrderWorkflow:
 
         A child, because another team's workers ship, which may be down while these take orders.
         """
-        self._enter("SHIPPING", undo)
         order = replace(self._order, address=self._address)
         while True:
+            self._enter("SHIPPING", undo)
             self._shipping_attempts += 1
             try:
                 await workflow.execute_child_workflow(
@@ -283,7 +262,6 @@ class OrderWorkflow:
                 problem = f"shipping failed {SHIPPING_TRIES} times: {self._last_error}"
                 raise ApplicationError(problem, type="OrderGivenUp")
             await workflow.sleep(0.5 * 2**self._shipping_attempts, summary="Before shipping again")
-            self._enter("SHIPPING")
 
     # How it ends.
 
@@ -300,44 +278,42 @@ class OrderWorkflow:
         problem = f"given up while {self._state}: {cause}"
         return "FAILED", ApplicationError(problem, type="OrderGivenUp")
 
-    async def _settle(self, state: str, failure: ApplicationError | None) -> str:
+    async def _settle(
+        self, received: asyncio.Task[bool], state: str, failure: ApplicationError | None
+    ) -> str:
         """Undo what was begun, unless all is done, and write down how it ended, last of all."""
-        self._ending = True
-        if not self._received:  # it shall end, but is it not perhaps another's, or done already?
-            try:
-                await self._receive()
-            except ActivityError as error:
-                state, failure = self._why(error)
+        self._ending, info = True, workflow.info()
+        try:
+            # Known to the ledger, or reset: who knows what a run before this one has done?
+            known = await received or info.run_id != info.first_execution_run_id
+        except ActivityError as error:
+            known, (state, failure) = True, self._why(error)
         if failure and failure.type == "OrderConflict":
             self._show("FAILED")
             raise failure  # its id is another order's, whose trail and effects stay as they are
         if state != "COMPLETED":
             self._last_error = failure.message if failure else self._last_error
             self._show("COMPENSATING")
-            if not await self._compensate():
+            if not await self._compensate(step.UNDOS if known else self._undos):
                 state, failure, self._last_error = "COMPLETED", None, ""
         while self._writer and not self._writer.done():
             await self._writer
         self._closed = True
-        outcome: dict[str, Any] = {"type": "outcome", "state": state, "run": workflow.info().run_id}
+        outcome: dict[str, Any] = {"type": "outcome", "state": state, "run": info.run_id}
         if failure:
             outcome["reason"] = f"{failure.type}: {failure.message}"
-        notes = [outcome]
         if self._messages > NOTES_KEPT:
-            notes = [{"type": "messages", "not_kept": self._messages - NOTES_KEPT}, outcome]
-        await run_activity(step.record_outcome, Notes(self._order, notes), max_attempts=0)
+            outcome["messages_not_kept"] = self._messages - NOTES_KEPT
+        await run_activity(step.record_outcome, 0, self._order, outcome)
         self._show(state)
         if failure:
             raise failure
         return state
 
-    async def _compensate(self) -> bool:
-        """Undo what was begun, last first, until done, whatever the limits.
-
-        Returns False if the package has left: then nothing is undone, and the order is complete.
-        """
-        for undo in reversed(self._undos):
-            left = await run_activity(undo, self._order, max_attempts=0) == "dispatched"
+    async def _compensate(self, undos: list[Callable[..., Any]]) -> bool:
+        """Undo, last first, each until done; return False if the package has left: then nothing."""
+        for undo in reversed(undos):
+            left = await run_activity(undo, 0, self._order) == "dispatched"
             if undo is step.void_dispatch and left:
                 return False  # the point of no return
         return True
@@ -430,7 +406,7 @@ class OrderWorkflow:
     def _note(self, type_: str, **payload: Any) -> None:
         """Have a message written down; its number tells it from another with the same words."""
         self._messages += 1
-        if self._messages > NOTES_KEPT or self._closed or self._invalid:
+        if self._messages > NOTES_KEPT or self._closed:
             return
         self._notes.append({"type": type_, **payload, "number": self._messages})
         if not self._writer or self._writer.done():
@@ -440,7 +416,7 @@ class OrderWorkflow:
         """Have what came written down, one activity at a time, many notes in one."""
         while self._notes:
             notes, self._notes = self._notes, []
-            await run_activity(step.record_decision, Notes(self._order, notes), 0)
+            await run_activity(step.record_decision, 0, self._order, notes)
 
 
 @workflow.defn
@@ -453,8 +429,8 @@ class ShippingWorkflow:
         info = workflow.info()
         order = parse_order(raw, info.workflow_id.removeprefix("ship-"))
         try:
-            await run_activity(step.prepare_package, order, order.max_attempts)
-            await run_activity(step.dispatch_carrier, order, order.max_attempts)
+            await run_activity(step.prepare_package, order.max_attempts, order)
+            await run_activity(step.dispatch_carrier, order.max_attempts, order)
         except ActivityError as error:
             if is_cancelled_exception(error):
                 raise
