@@ -1692,9 +1692,11 @@ def test_a_closed_input_or_output_is_no_reason_for_a_traceback(_: Stage) -> None
 def test_load_ends_by_itself_with_what_an_order_costs_and_a_clean_audit(_: Stage) -> None:
     loaded = run("starter.py", "load", "--orders", "20", "--wait", "0.5")
     answers(loaded, 0, "20/20")
-    number = "nan" if sys.platform == "win32" else r"[1-9]\d*"  # nobody measures it there
+    assert "99th percentile" in loaded.stdout and "audit clean" in loaded.stdout, loaded
+    number = r"[1-9]\d*"
     told = rf"CPU ms per order: worker {number}, server {number}\nworker memory {number} MB at most"
-    assert re.search(told, loaded.stdout) and "audit clean" in loaded.stdout, loaded
+    # Nobody measures it on Windows.
+    assert sys.platform == "win32" or re.search(told, loaded.stdout), loaded
 
 
 # The README: what it names exists, what it tells to type is understood.
