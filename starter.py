@@ -85,11 +85,10 @@ def made_up_id() -> str:
 async def place(options: argparse.Namespace) -> int:
     """Start the workflow, or attach to it if it runs already, and follow it if asked to."""
     raw = {name: value for name, value in vars(options).items() if name in RULES}
-    kind: Kind = OrderWorkflow
-    raw.setdefault("order_id", made_up_id())
-    if options.command == "charge":
-        kind = ChargeWorkflow
+    kind: Kind = ChargeWorkflow if options.command == "charge" else OrderWorkflow
+    if kind is ChargeWorkflow:
         raw |= {"order_id": charge_id(raw), "max_attempts": 0}
+    raw.setdefault("order_id", made_up_id())
     try:
         order = parse_order(raw, raw["order_id"], charge=kind is ChargeWorkflow)
     except ApplicationError as error:
@@ -1141,18 +1140,20 @@ class Crowd:
         """Place the orders, kill between them, and wait for all to end."""
         for _ in range(2 if self.options.kills else 1):
             self.stage.start_worker()
-        screen, work = Screen(), asyncio.gather(self.place_all(), self.kill_some())
+        work = [asyncio.create_task(self.place_all()), asyncio.create_task(self.kill_some())]
         # A second an order is ten times what it costs; what is not done then is lost.
         end = time.monotonic() + 120 + 2 * self.options.wait_seconds + self.options.orders
+        screen = Screen()
         try:
-            while time.monotonic() < end and not (work.done() and self.left() == 0):
+            while time.monotonic() < end and not (all(w.done() for w in work) and not self.left()):
                 self.stage.revive()
                 screen.show(self.line())
-                if work.done():
-                    work.result()
                 await asyncio.sleep(0.5)
+                for done in filter(asyncio.Task.done, work):
+                    done.result()  # or what went wrong in it
         finally:
-            work.cancel()  # else it would start another server while we end this one
+            for task in work:  # else it would start another server while we end this one
+                task.cancel()
         screen.clear()
         say(self.line())
 

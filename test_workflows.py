@@ -1699,6 +1699,48 @@ def test_load_ends_by_itself_with_what_an_order_costs_and_a_clean_audit(_: Stage
     assert sys.platform == "win32" or re.search(told, loaded.stdout), loaded
 
 
+def any_file(folder: Path, pattern: str) -> bool:
+    """Tell whether there is such a file."""
+    return any(folder.glob(pattern))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no process groups to signal")
+@side_by_side
+def test_who_leaves_at_any_moment_leaves_nothing_behind(stage: Stage) -> None:
+    for number, line in itertools.product((1, 2, 15), ("crash timer", "chaos --kills 5")):
+        folder = stage.folder / f"left-{number}-{line[:5]}"
+        folder.mkdir()
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        pipes |= {"env": os.environ | {"TMPDIR": str(folder)}, "start_new_session": True}
+        with subprocess.Popen([sys.executable, "starter.py", *line.split()], **pipes) as starter:
+            until(partial(any_file, folder, "orders-*/temporal.db"))
+            time.sleep(
+                {1: 0, 2: 0.1, 15: 3}[number]
+            )  # in the server's start, after it, in the play
+            os.killpg(starter.pid, number)  # as a terminal does it, to whoever is in its group
+            assert starter.communicate(timeout=LONG)[1] == b""
+        assert starter.returncode == 128 + number
+        processes = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True)
+        assert str(folder) not in processes.stdout and not any(folder.iterdir())
+
+
+def test_the_server_command_is_the_server_and_keeps_its_data(tmp_path: Path) -> None:
+    copy = apart(tmp_path)
+    pipes: dict[str, Any] = {"cwd": copy, "stdout": subprocess.PIPE, "text": True}
+    address = re.findall(r"localhost:\d+", (copy / "worker.py").read_text())[0]
+    port, words = int(address.partition(":")[2]), [sys.executable, "worker.py", "server"]
+    for known in (False, True):
+        with subprocess.Popen(words, **pipes) as server:
+            until_listening(port, True)
+            taken = subprocess.run(words, cwd=copy, capture_output=True, text=True, timeout=LONG)
+            answers(taken, 1, f"port {port} is taken")
+            order = run("starter.py", "order", "kept", code=copy, TEMPORAL_ADDRESS=address)
+            answers(order, 0, "is running already" if known else "kept started")
+            server.kill()
+            told = server.communicate(timeout=LONG)[0]
+            assert sys.platform == "win32" or f"kill it: kill -9 {server.pid}" in told
+
+
 # The README: what it names exists, what it tells to type is understood.
 
 TEMPORAL = str(temporal_binary())
