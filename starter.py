@@ -1357,23 +1357,30 @@ def parse_arguments() -> argparse.Namespace:
     return options
 
 
-def main() -> int:
-    """Run one command."""
-    options, ended_by = parse_arguments(), [int(signal.SIGINT)]
+async def stoppable(work: Awaitable[int], stopped_by: list[int]) -> int:
+    """Work; Ctrl+C, a plain kill and the end of the terminal cancel that, so that it cleans up."""
+    task, loop = asyncio.current_task(), asyncio.get_running_loop()
 
     def stop(number: int, _: Any) -> None:
-        ended_by.append(number)
-        signal.raise_signal(signal.SIGINT)
+        stopped_by.append(number)
+        if task and not task.done():
+            task.cancel()
+            loop.call_soon_threadsafe(lambda: None)  # wakes the loop
 
-    # A plain kill, or the end of the terminal, should clean up after us like Ctrl+C.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    for name in ("SIGTERM", "SIGHUP"):
+    # Not asyncio's own handler: at a second Ctrl+C that one breaks off the cleaning up.
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), stop)
+    return await work
+
+
+def main() -> int:
+    """Run one command."""
+    options, stopped_by = parse_arguments(), list[int]()
     try:
-        return int(asyncio.run(options.run(options)))
-    except KeyboardInterrupt:
-        return 128 + ended_by[-1]
+        return asyncio.run(stoppable(options.run(options), stopped_by))
+    except asyncio.CancelledError:
+        return 128 + stopped_by[0]
 
 
 if __name__ == "__main__":

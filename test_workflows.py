@@ -157,16 +157,16 @@ def run(script: str, *words: str, code: Path = HERE, **environment: str) -> Done
 
 def here(script: str, *words: str, **environment: str) -> Done:
     """Run a command in this process, to save the second of imports."""
-    out, err, at_kill = io.StringIO(), io.StringIO(), signal.getsignal(signal.SIGTERM)
+    out, err = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         patch.setattr(sys, "argv", [script, *words])
         patch.setattr(atexit, "register", lambda *_: None)
+        patch.setattr(signal, "signal", lambda *_: None)
         patch.setattr(Runtime, "set_default", lambda *_: None)  # which can be done only once
         for name, value in environment.items():
             patch.setenv(name, value)
         with pytest.raises(SystemExit) as end:
             runpy.run_path(str(HERE / script), run_name="__main__")
-    signal.signal(signal.SIGTERM, at_kill)
     code = end.value.code
     if isinstance(code, str):
         return Done(words, 1, out.getvalue(), f"{err.getvalue()}{code}\n")
@@ -1707,17 +1707,19 @@ def any_file(folder: Path, pattern: str) -> bool:
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no process groups to signal")
 @side_by_side
 def test_who_leaves_at_any_moment_leaves_nothing_behind(stage: Stage) -> None:
-    for number, line in itertools.product((1, 2, 15), ("crash timer", "chaos --kills 5")):
+    # In the server's start, after it, in the play.
+    seconds = {1: 0, 2: 0.1, 15: 3}
+    for number, line in itertools.product(seconds, ("crash timer", "chaos --kills 5")):
         folder = stage.folder / f"left-{number}-{line[:5]}"
         folder.mkdir()
         pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         pipes |= {"env": os.environ | {"TMPDIR": str(folder)}, "start_new_session": True}
         with subprocess.Popen([sys.executable, "starter.py", *line.split()], **pipes) as starter:
             until(partial(any_file, folder, "orders-*/temporal.db"))
-            time.sleep(
-                {1: 0, 2: 0.1, 15: 3}[number]
-            )  # in the server's start, after it, in the play
-            os.killpg(starter.pid, number)  # as a terminal does it, to whoever is in its group
+            time.sleep(seconds[number])
+            for _ in range(2):  # in a hurry, and to its whole group, as a terminal does it
+                os.killpg(starter.pid, number)
+                time.sleep(0.03)
             assert starter.communicate(timeout=LONG)[1] == b""
         assert starter.returncode == 128 + number
         processes = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True)
