@@ -1145,7 +1145,7 @@ class Crowd:
         end = time.monotonic() + 120 + 2 * self.options.wait_seconds + self.options.orders
         screen = Screen()
         try:
-            while time.monotonic() < end and not (all(w.done() for w in work) and not self.left()):
+            while time.monotonic() < end and (self.left() or not all(t.done() for t in work)):
                 self.stage.revive()
                 screen.show(self.line())
                 await asyncio.sleep(0.5)
@@ -1187,6 +1187,7 @@ class Crowd:
         """Kill a worker now and then, every other one in a charge or a dispatch; the server too."""
         for kill in range(self.options.kills):
             await asyncio.sleep(self.random.uniform(0.5, 2.5))
+            self.stage.revive()  # only who lives can be killed
             busy: list[subprocess.Popen[bytes]] = []
             for _ in range(30 if kill % 2 == 0 else 0):
                 rows = store.select(IN_HAND, time.time() - SLOW_SECONDS)
@@ -1194,7 +1195,6 @@ class Crowd:
                 if busy := [worker for worker in self.stage.workers if worker.pid in hands]:
                     break
                 await asyncio.sleep(0.1)
-            self.stage.revive()  # only who lives can be killed
             self.stage.kill_worker(self.random.choice(busy or self.stage.workers))
             self.stage.start_worker()
             self.workers_killed += 1

@@ -1731,6 +1731,9 @@ def test_the_server_command_is_the_server_and_keeps_its_data(tmp_path: Path) -> 
     pipes: dict[str, Any] = {"cwd": copy, "stdout": subprocess.PIPE, "text": True}
     address = re.findall(r"localhost:\d+", (copy / "worker.py").read_text())[0]
     port, words = int(address.partition(":")[2]), [sys.executable, "worker.py", "server"]
+    with socket.create_server(("127.0.0.1", port + 1000)):
+        nobody = run("starter.py", "order", code=copy, TEMPORAL_ADDRESS="")
+        answers(nobody, 1, "cannot start a Temporal server")
     for known in (False, True):
         with subprocess.Popen(words, **pipes) as server:
             until_listening(port, True)

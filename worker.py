@@ -239,6 +239,7 @@ class Stage:
             with suppress(RuntimeError):
                 return await Client.connect(self.address)
             await asyncio.sleep(0.02)
+        self.server = None
         why = server.communicate()[1].decode(errors="replace")
         sys.exit(f"cannot start a Temporal server: {' '.join(why.split())}")
 
