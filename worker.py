@@ -26,8 +26,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any, NoReturn
+from tempfile import TemporaryDirectory, TemporaryFile
+from typing import IO, Any, NoReturn
 
 from temporalio.api.common.v1 import Payload
 from temporalio.client import Client
@@ -223,8 +223,9 @@ class Stage:
         """Start the server, or start it again on the same file, and return a client."""
         if binary := temporal_binary():
             words = [binary, "server", "start-dev", *self.server_flags()]
-            self.server = start_apart(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-            self.client = await self._first_client(self.server)
+            with TemporaryFile() as errors:  # a pipe that nobody reads could fill up and hold it
+                self.server = start_apart(words, stdout=subprocess.DEVNULL, stderr=errors)
+                self.client = await self._first_client(self.server, errors)
         else:  # as on Windows: the SDK downloads one
             flags = self.server_flags()
             self.server = await WorkflowEnvironment.start_local(
@@ -233,14 +234,15 @@ class Stage:
             self.client = self.server.client
         return self.client
 
-    async def _first_client(self, server: subprocess.Popen[bytes]) -> Client:
+    async def _first_client(self, server: subprocess.Popen[bytes], errors: IO[bytes]) -> Client:
         """Connect as soon as the server listens."""
         while server.poll() is None:
             with suppress(RuntimeError):
                 return await Client.connect(self.address)
             await asyncio.sleep(0.02)
         self.server = None
-        why = server.communicate()[1].decode(errors="replace")
+        errors.seek(0)
+        why = errors.read().decode(errors="replace")
         sys.exit(f"cannot start a Temporal server: {' '.join(why.split())}")
 
     async def kill_server(self) -> None:
@@ -249,7 +251,7 @@ class Stage:
             await self.server.shutdown()
         elif self.server:
             self.server.kill()
-            self.server.communicate()
+            self.server.wait()
         self.server = None
 
     def start_worker(self, role: str = "all", code: Path = HERE) -> subprocess.Popen[bytes]:
