@@ -1677,9 +1677,9 @@ def test_an_order_is_picked_by_number_or_id_and_by_enter_if_it_is_the_only_one(
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
     if picks is None:
         with pytest.raises(SystemExit):
-            within(offer(cast(Client, Server()), "approve"))
+            asyncio.run(offer(cast(Client, Server()), "approve"))
     else:
-        assert within(offer(cast(Client, Server()), "approve")) == picks
+        assert asyncio.run(offer(cast(Client, Server()), "approve")) == picks
         assert re.search(r"1  AWAITING_REVIEW +12.34  a", capsys.readouterr().out)
     assert not typed or picks is None
 
