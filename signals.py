@@ -86,12 +86,6 @@ def leave(message: str) -> NoReturn:
     sys.exit(1)
 
 
-@cache
-def keyboard() -> "Keyboard":
-    """Return this process's one reader of what is typed."""
-    return Keyboard()
-
-
 class Keyboard:
     """What a person types, read beside the event loop: a wait may end by Enter or otherwise."""
 
@@ -103,15 +97,13 @@ class Keyboard:
 
     def _read(self) -> None:
         """Hand lines over to the event loop until the end of input, for which None stands."""
-        # Unbuffered: Python cannot exit while a thread waits in a buffered read.
-        with suppress(OSError, RuntimeError):  # the loop may have ended
-            with open(0, "rb", buffering=0, closefd=False) as typed:
+        hand_over, put = self._loop.call_soon_threadsafe, self._lines.put_nowait
+        with suppress(RuntimeError):  # the loop has ended
+            # Unbuffered: Python cannot exit while a thread waits in a buffered read.
+            with suppress(OSError), open(0, "rb", buffering=0, closefd=False) as typed:
                 for line in typed:
-                    self._put(line.decode(errors="replace").strip())
-            self._put(None)
-
-    def _put(self, line: str | None) -> None:
-        self._loop.call_soon_threadsafe(self._lines.put_nowait, line)
+                    hand_over(put, line.decode(errors="replace").strip())
+            hand_over(put, None)
 
     async def line(self) -> str | None:
         """Return the next line, or None at the end of input."""
@@ -135,6 +127,9 @@ class Keyboard:
         if answer is None or not sys.stdin.isatty():
             print()
         return answer
+
+
+keyboard = cache(Keyboard)  # one for the whole process, made when it is first asked for
 
 
 class Screen:
@@ -320,7 +315,7 @@ async def code_failure(handle: Handle) -> str | None:
     failure = None
     for event in await read_history(handle):
         if event.kind == "WORKFLOW_TASK_FAILED":
-            failure = event.why
+            failure = why(event.a.failure)
         elif event.kind in ("WORKFLOW_TASK_COMPLETED", "WORKFLOW_TASK_TIMED_OUT", "RESET"):
             failure = None
     return failure
@@ -434,40 +429,12 @@ async def picture(
 
 async def seconds_left(handle: Handle) -> float:
     """Read from the history when the newest timer, the wait's or the review's, will fire."""
-    timers = [event for event in await read_history(handle) if event.kind == "TIMER_STARTED"]
-    return max(0.0, timers[-1].at + timers[-1].seconds - time.time()) if timers else 0.0
+    events = await read_history(handle)
+    fires = [event.at + timer_seconds(event) for event in events if event.kind == "TIMER_STARTED"]
+    return max(0.0, fires[-1] - time.time()) if fires else 0.0
 
 
 # The event history in plain sentences.
-
-SENTENCES = {
-    "WORKFLOW_EXECUTION_STARTED": "Temporal has it, as {0.a.workflow_type.name}",
-    "WORKFLOW_EXECUTION_COMPLETED": "the workflow is complete",
-    "WORKFLOW_EXECUTION_FAILED": "the workflow failed: {0.why}",
-    "WORKFLOW_EXECUTION_CANCELED": "the workflow was cancelled",
-    "WORKFLOW_EXECUTION_TERMINATED": "terminated: no code ran, nothing was undone",
-    "WORKFLOW_EXECUTION_TIMED_OUT": "timed out: no code ran, nothing was undone",
-    "WORKFLOW_EXECUTION_CANCEL_REQUESTED": "somebody cancels the workflow",
-    "WORKFLOW_EXECUTION_SIGNALED": "signal {0.a.signal_name} comes",
-    "WORKFLOW_EXECUTION_UPDATE_ACCEPTED": "update {0.a.accepted_request.input.name} is accepted",
-    "WORKFLOW_TASK_STARTED": "{0.worker} takes the workflow up",
-    "WORKFLOW_TASK_TIMED_OUT": "that worker does not answer; any other may take it",
-    "WORKFLOW_TASK_FAILED": "{0.worker} fails in the workflow's code: {0.why}",
-    "RESET": "reset to here: from now on this is another run",
-    "ACTIVITY_TASK_STARTED": "{0.name} runs on {0.worker}{0.again}",
-    "ACTIVITY_TASK_COMPLETED": "{0.name} is done",
-    "ACTIVITY_TASK_FAILED": "{0.name} failed: {0.why}",
-    "ACTIVITY_TASK_TIMED_OUT": "{0.name} failed: {0.why}",
-    "ACTIVITY_TASK_CANCEL_REQUESTED": "{0.name} is asked to stop",
-    "ACTIVITY_TASK_CANCELED": "{0.name} has stopped",
-    "TIMER_STARTED": "the timer of {0.seconds:g} s starts: {0.name}",
-    "TIMER_FIRED": "the timer fires: {0.name}",
-    "TIMER_CANCELED": "the timer is not needed any more: {0.name}",
-    "CHILD_WORKFLOW_EXECUTION_STARTED": "{0.name} starts",
-    "CHILD_WORKFLOW_EXECUTION_COMPLETED": "{0.name} is done",
-    "CHILD_WORKFLOW_EXECUTION_FAILED": "{0.name} failed: {0.why}",
-    "CHILD_WORKFLOW_EXECUTION_CANCELED": "{0.name} was cancelled",
-}
 
 
 @dataclass
@@ -481,20 +448,39 @@ class Event:
     name: str  # what that is called, if it is an activity, a timer or a child
     worker: str  # who had the task, if it is one that somebody had
 
-    @property
-    def why(self) -> str:
-        """Say why something failed."""
-        return why(self.a.failure)
 
-    @property
-    def again(self) -> str:
-        """Say what came before an attempt."""
-        return again(self.a)
-
-    @property
-    def seconds(self) -> float:
-        """Tell how long a timer is."""
-        return float(self.a.start_to_fire_timeout.ToMilliseconds() / 1000)
+SENTENCES: dict[str, Callable[[Event], str]] = {
+    "STARTED": lambda e: f"Temporal has it, as {e.a.workflow_type.name}",
+    "COMPLETED": lambda _: "the workflow is complete",
+    "FAILED": lambda e: f"the workflow failed: {why(e.a.failure)}",
+    "CANCELED": lambda _: "the workflow was cancelled",
+    "TERMINATED": lambda _: "terminated: no code ran, nothing was undone",
+    "TIMED_OUT": lambda _: "timed out: no code ran, nothing was undone",
+    "CANCEL_REQUESTED": lambda _: "somebody cancels the workflow",
+    "SIGNALED": lambda e: f"signal {e.a.signal_name} comes",
+    "UPDATE_ACCEPTED": lambda e: f"update {e.a.accepted_request.input.name} is accepted",
+    "WORKFLOW_TASK_STARTED": lambda e: f"{e.worker} takes the workflow up",
+    "WORKFLOW_TASK_TIMED_OUT": lambda _: "that worker does not answer; any other may take it",
+    "WORKFLOW_TASK_FAILED": lambda e: (
+        f"{e.worker} fails in the workflow's code: {why(e.a.failure)}"
+    ),
+    "RESET": lambda _: "reset to here: from now on this is another run",
+    "ACTIVITY_TASK_STARTED": lambda e: f"{e.name} runs on {e.worker}{again(e.a)}",
+    "ACTIVITY_TASK_COMPLETED": lambda e: f"{e.name} is done",
+    "ACTIVITY_TASK_FAILED": lambda e: f"{e.name} failed: {why(e.a.failure)}",
+    "ACTIVITY_TASK_TIMED_OUT": lambda e: f"{e.name} failed: {why(e.a.failure)}",
+    "ACTIVITY_TASK_CANCEL_REQUESTED": lambda e: f"{e.name} is asked to stop",
+    "ACTIVITY_TASK_CANCELED": lambda e: f"{e.name} has stopped",
+    "TIMER_STARTED": lambda e: f"the timer of {timer_seconds(e):g} s starts: {e.name}",
+    "TIMER_FIRED": lambda e: f"the timer fires: {e.name}",
+    "TIMER_CANCELED": lambda e: f"the timer is not needed any more: {e.name}",
+    "CHILD_WORKFLOW_EXECUTION_STARTED": lambda e: f"{e.name} starts",
+    "CHILD_WORKFLOW_EXECUTION_COMPLETED": lambda e: f"{e.name} is done",
+    "CHILD_WORKFLOW_EXECUTION_FAILED": lambda e: f"{e.name} failed: {why(e.a.failure)}",
+    "CHILD_WORKFLOW_EXECUTION_CANCELED": lambda e: f"{e.name} was cancelled",
+}
+MESSAGES = ("SIGNALED", "UPDATE_ACCEPTED", "CANCEL_REQUESTED")
+ENDS = ("COMPLETED", "FAILED", "CANCELED", "TERMINATED", "TIMED_OUT")
 
 
 def why(failure: Any) -> str:
@@ -503,6 +489,11 @@ def why(failure: Any) -> str:
         failure = failure.cause
     missed = failure.timeout_failure_info.timeout_type == TimeoutType.TIMEOUT_TYPE_HEARTBEAT
     return str(failure.message) + (" (its worker fell silent)" if missed else "")
+
+
+def timer_seconds(event: Event) -> float:
+    """Tell how long a timer is."""
+    return float(event.a.start_to_fire_timeout.ToMilliseconds() / 1000)
 
 
 def again(attempt: Any) -> str:
@@ -521,6 +512,7 @@ def read_events(history: Iterable[Any]) -> list[Event]:
     events, names = [], dict[int, str]()
     for event in history:
         kind = EventType.Name(event.event_type).removeprefix("EVENT_TYPE_")
+        kind = kind.removeprefix("WORKFLOW_EXECUTION_")
         a = getattr(event, str(event.WhichOneof("attributes")))
         ids = [
             getattr(a, f"{began}_event_id", 0) for began in ("scheduled", "initiated", "started")
@@ -544,14 +536,15 @@ async def history(client: Client, options: argparse.Namespace) -> int:
     """Draw an order's life, then tell its history; a worker is named when it takes over."""
     handle, description = await find(client, options.order_id)
     events = await read_history(handle)
-    say_lanes(events, handle.id)
+    await show_lanes(handle)
     taken_up_by = ""
     for event in sorted(events, key=lambda event: event.at):
         if event.kind == "WORKFLOW_TASK_STARTED":
             if event.worker in ("", taken_up_by):
                 continue
             taken_up_by = event.worker
-        if sentence := SENTENCES.get(event.kind, "").format(event):
+        if event.kind in SENTENCES:
+            sentence = SENTENCES[event.kind](event)
             say(f"{event.at - events[0].at:7.2f} s  {sentence}", indent=11)
     # What a workflow that has ended left behind, nobody waits for.
     running = description.status == RUNNING
@@ -561,17 +554,13 @@ async def history(client: Client, options: argparse.Namespace) -> int:
 
 
 async def show_lanes(handle: Handle) -> None:
-    """Draw an order's life and its line in the ledger."""
-    say_lanes(await read_history(handle), handle.id)
-
-
-def say_lanes(events: list[Event], order_id: str) -> None:
-    """Print an order's lanes and its effects."""
-    rows = store.select("SELECT * FROM events WHERE order_id = ? ORDER BY id", order_id)
+    """Draw an order's life, and print its effects."""
+    rows = store.select("SELECT * FROM events WHERE order_id = ? ORDER BY id", handle.id)
+    bars = find_bars(await read_history(handle), rows, time.time())
     columns = min(79, shutil.get_terminal_size().columns - 1)
-    for line in lanes(find_bars(events, rows, time.time()), columns):
+    for line in lanes(bars, columns):
         print(printable(line))
-    for effect in store.effects_of(order_id):
+    for effect in store.effects_of(handle.id):
         say(store.proof(effect))
     print()
 
@@ -579,8 +568,6 @@ def say_lanes(events: list[Event], order_id: str) -> None:
 # An order's life as lanes: Temporal's, and one for each worker, over time.
 
 LABEL = 15  # columns for a lane's name
-MESSAGES = ("SIGNALED", "UPDATE_ACCEPTED", "CANCEL_REQUESTED")
-ENDS = ("COMPLETED", "FAILED", "CANCELED", "TERMINATED", "TIMED_OUT")
 STEPS = [n * unit for unit in (0.001, 0.01, 0.1, 1, 10, 60, 600, 3600, 36000) for n in (1, 2, 5)]
 MARKS = {
     "X": "its worker died",
@@ -612,9 +599,10 @@ class Bar:
 
 def find_bars(events: list[Event], rows: list[dict[str, Any]], now: float) -> list[Bar]:
     """Find what is to be drawn in an order's history and in its events in the ledger."""
-    ended = events[-1].kind.removeprefix("WORKFLOW_EXECUTION_") in ENDS
+    ended = events[-1].kind in ENDS
     end = events[-1].at if ended else now
     rows = [row | {"told": json.loads(row["payload_json"])} for row in rows]
+    rows = [row | {"lane": f"worker {row['told'].get('worker', '?')}"} for row in rows]
     rows = [row for row in rows if row["attempt"] or row["ts"] <= end]
     bars = temporal_bars(events, end, "|" if ended else ">") + outages(rows, end)
     return bars + worker_bars(rows, bars, ended, now)
@@ -631,7 +619,7 @@ def temporal_bars(events: list[Event], end: float, mark: str) -> list[Bar]:
             waits[event.begun] = Bar("Temporal", event.at, end, mark, "shipping")
         elif event.begun in waits and not event.kind.endswith("STARTED"):
             waits[event.begun].end, waits[event.begun].mark = event.at, "|"
-        elif event.kind.removeprefix("WORKFLOW_EXECUTION_") in MESSAGES:
+        elif event.kind in MESSAGES:
             bars.append(Bar("Temporal", event.at, event.at, "!"))
         elif event.kind == "WORKFLOW_TASK_COMPLETED" and event.worker:
             bars.append(Bar(event.worker, event.at, event.at, "-"))
@@ -654,37 +642,28 @@ def outages(rows: list[dict[str, Any]], end: float) -> list[Bar]:
 def worker_bars(rows: list[dict[str, Any]], seen: list[Bar], closed: bool, now: float) -> list[Bar]:
     """Make a bar of each attempt and tell how it ended; `seen` tells when workers lived too."""
     attempts = [row for row in rows if row["attempt"]]
-    deaths = {
-        lane_of(row): Bar(lane_of(row), row["ts"], row["ts"], DEATHS[row["type"]])
-        for row in rows
-        if row["type"] in DEATHS
-    }
-    alive = [(bar.lane, bar.begin) for bar in seen] + [(lane_of(a), a["ts"]) for a in attempts]
-    bars = [*deaths.values()]
+    died = {row["lane"]: (row["ts"], DEATHS[row["type"]]) for row in rows if row["type"] in DEATHS}
+    alive = [(bar.lane, bar.begin) for bar in seen] + [(row["lane"], row["ts"]) for row in attempts]
+    bars = [Bar(lane, at, at, mark) for lane, (at, mark) in died.items()]
     for n, row in enumerate(attempts):
-        lane, begin, ended = lane_of(row), row["ts"], row["told"].get("ended", "")
+        lane, begin, ended = row["lane"], row["ts"], row["told"].get("ended", "")
         end, mark = begin + row["told"].get("seconds", 0), "|"
         later = [a for a in attempts[n + 1 :] if a["type"] == row["type"]]
         again = next((a["ts"] for a in later if a["attempt"] > row["attempt"]), 0)
         # Nothing was seen of its worker since, or since another attempt took over.
         gone = not any(lane == its and at > (again or begin) for its, at in alive)
         if ended == "ok":  # and yet tried again, if the answer was lost with its worker
-            mark = "X" if again and gone and lane not in deaths else "|"
+            mark = "X" if again and gone and lane not in died else "|"
         elif ended:
             mark = "/" if ended.startswith("CancelledError") else "x"
-        elif lane in deaths:
-            end, mark = deaths[lane].end, deaths[lane].mark
+        elif lane in died:
+            end, mark = died[lane]
         elif not again and (not closed or now - begin < START_TO_CLOSE.total_seconds()):
             end, mark = now, ">"
         else:  # nobody saw the end, but another attempt comes after a heartbeat's silence
             end, mark = max(begin, again - HEARTBEAT.total_seconds()), "X" if gone else "x"
         bars.append(Bar(lane, begin, end, mark, row["type"].partition("_")[0]))
     return bars
-
-
-def lane_of(row: dict[str, Any]) -> str:
-    """Name the lane of an attempt or a death."""
-    return f"worker {row['told'].get('worker', '?')}"
 
 
 def lanes(bars: list[Bar], columns: int = 79) -> list[str]:

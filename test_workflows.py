@@ -2184,7 +2184,7 @@ def test_lanes_fit_79_columns_and_say_that_time_is_shortened(played: dict[str, A
         assert "~" in lines[1] and "time shortened" in "".join(lines) and " min" in lines[0]
 
 
-END = Event("WORKFLOW_EXECUTION_COMPLETED", 10, None, 99, "", "")
+END = Event("COMPLETED", 10, None, 99, "", "")
 
 
 def ran(worker: int, at: float, how: str = "COMPLETED") -> Event:
