@@ -22,7 +22,12 @@ from functools import cache
 from math import ceil, floor
 from typing import Any, NoReturn, TextIO
 
-from temporalio.api.enums.v1 import EventType, TaskQueueType, TimeoutType
+from temporalio.api.enums.v1 import (
+    EventType,
+    TaskQueueType,
+    TimeoutType,
+    WorkflowTaskFailedCause,
+)
 from temporalio.api.taskqueue.v1 import TaskQueue
 from temporalio.api.workflowservice.v1 import DescribeTaskQueueRequest
 from temporalio.client import (
@@ -479,6 +484,8 @@ SENTENCES: dict[str, Callable[[Event], str]] = {
     "CHILD_WORKFLOW_EXECUTION_FAILED": lambda e: f"{e.name} failed: {why(e.a.failure)}",
     "CHILD_WORKFLOW_EXECUTION_CANCELED": lambda e: f"{e.name} was cancelled",
 }
+# A message came while the workflow's last task was done: that is done again, the code is all right.
+OVERTAKEN = WorkflowTaskFailedCause.WORKFLOW_TASK_FAILED_CAUSE_UNHANDLED_COMMAND
 MESSAGES = ("SIGNALED", "UPDATE_ACCEPTED", "CANCEL_REQUESTED")
 ENDS = ("COMPLETED", "FAILED", "CANCELED", "TERMINATED", "TIMED_OUT")
 
@@ -514,21 +521,21 @@ def read_events(history: Iterable[Any]) -> list[Event]:
         kind = EventType.Name(event.event_type).removeprefix("EVENT_TYPE_")
         kind = kind.removeprefix("WORKFLOW_EXECUTION_")
         a = getattr(event, str(event.WhichOneof("attributes")))
-        ids = [
-            getattr(a, f"{began}_event_id", 0) for began in ("scheduled", "initiated", "started")
-        ]
+        ids = [getattr(a, f"{how}_event_id", 0) for how in ("scheduled", "initiated", "started")]
         begun = next(filter(None, ids), event.event_id)
         if kind == "ACTIVITY_TASK_SCHEDULED":
             names[begun] = a.activity_type.name
         elif kind == "TIMER_STARTED":
-            names[begun] = json.loads(event.user_metadata.summary.data or '"timer"')
+            names[begun] = str(json.loads(event.user_metadata.summary.data or '"timer"'))
         elif kind == "START_CHILD_WORKFLOW_EXECUTION_INITIATED":
             names[begun] = a.workflow_id
         elif kind == "WORKFLOW_TASK_FAILED" and a.new_run_id:
             kind = "RESET"
-        pid, had, _ = getattr(a, "identity", "").partition("@")
-        worker, at = f"worker {pid}" if had else "", event.event_time.ToNanoseconds() / 1e9
-        events.append(Event(kind, at, a, begun, names.get(begun, ""), worker))
+        elif kind == "WORKFLOW_TASK_FAILED" and a.cause == OVERTAKEN:
+            kind = "WORKFLOW_TASK_OVERTAKEN"
+        at, name = event.event_time.ToNanoseconds() / 1e9, names.get(begun, "")
+        pid = getattr(a, "identity", "").partition("@")[0]
+        events.append(Event(kind, at, a, begun, name, f"worker {pid}" if pid else ""))
     return events
 
 
@@ -721,7 +728,8 @@ def time_scale(bars: list[Bar], width: int) -> tuple[Callable[[float], int], lis
     length |= dict.fromkeys(shortened, longest)
     columns_a_second = (width - 1) / max(0.001, sum(length.values()))
     place = dict(zip(moments, itertools.accumulate([0.0, *length.values()]), strict=True))
-    labels = {place[e]: e - moments[0] for b, e in gaps if b in shortened} | {0.0: 0.0}
+    jumps = {place[e]: e - moments[0] for b, e in gaps if b in shortened}
+    labels = {0.0: 0.0} | jumps
     step = next((s for s in STEPS if s * columns_a_second >= 9), STEPS[-1])
     for b, e in gaps:
         if b not in shortened:
@@ -730,8 +738,11 @@ def time_scale(bars: list[Bar], width: int) -> tuple[Callable[[float], int], lis
     clock = ""
     for at, seconds in sorted(labels.items()):
         text = f"{round(seconds, 2):g} s" if seconds < 120 else f"{round(seconds / 60, 1):g} min"
-        if not clock or len(clock) + 2 <= round(at * columns_a_second) <= width - len(text):
-            clock = clock.ljust(round(at * columns_a_second)) + text
+        column, last = round(at * columns_a_second), width - len(text)
+        if at in jumps:  # this one must be told, if need be a little to the left
+            column = min(column, last)
+        if not clock or len(clock) + 2 <= column <= last:
+            clock = clock.ljust(column) + text
     return lambda moment: round(place[moment] * columns_a_second), shortened, clock
 
 

@@ -46,7 +46,12 @@ from typing import Any, cast
 
 import pytest
 from temporalio.api.common.v1 import Payload, WorkflowExecution
-from temporalio.api.enums.v1 import EventType, ResetReapplyExcludeType, TimeoutType
+from temporalio.api.enums.v1 import (
+    EventType,
+    ResetReapplyExcludeType,
+    TimeoutType,
+    WorkflowTaskFailedCause,
+)
 from temporalio.api.history.v1 import HistoryEvent
 from temporalio.api.workflowservice.v1 import (
     DeleteWorkflowExecutionRequest,
@@ -2168,9 +2173,8 @@ def shifted(outcome: Outcome, timer: int, seconds: float) -> Outcome:
     moment = events[ends[timer]].event_time.ToNanoseconds() / 1e9
     for event in events[ends[timer] - 3 :]:
         event.event_time.FromNanoseconds(event.event_time.ToNanoseconds() + int(seconds * 1e9))
-    later = seconds * 1.0
     rows = [
-        row | {"ts": row["ts"] + later * (row["ts"] > moment - 0.001)} for row in outcome.events
+        row | {"ts": row["ts"] + seconds * (row["ts"] > moment - 0.001)} for row in outcome.events
     ]
     return replace(outcome, history=WorkflowHistory("shifted", events), events=rows)
 
@@ -2309,10 +2313,29 @@ worker 2                              charge |
 }
 
 
+def test_the_clock_tells_how_long_a_time_was_that_is_shortened() -> None:
+    events = [ran(1, 0), *timed("wait", 0, 600), ran(2, 600), ran(2, 600.1), END]
+    for columns in (46, 60, 79):
+        assert lanes(find_bars(events, [], 700), columns)[0].endswith(" 10 min")
+
+
 @pytest.mark.parametrize("name", PICTURES)
 def test_lanes_draw_what_happened(name: str) -> None:
     history, ledger_rows, picture = PICTURES[name]
     assert lanes(find_bars(history, ledger_rows, 11), 46)[1:] == picture.splitlines()[1:]
+
+
+@pytest.mark.parametrize(
+    ("cause", "marks"), [("UNHANDLED_COMMAND", []), ("NON_DETERMINISTIC_ERROR", ["?"])]
+)
+def test_a_task_that_a_message_overtook_is_no_failure_of_the_code(
+    cause: str, marks: list[str]
+) -> None:
+    event = HistoryEvent(event_type=EventType.EVENT_TYPE_WORKFLOW_TASK_FAILED)
+    failed = event.workflow_task_failed_event_attributes
+    failed.cause = WorkflowTaskFailedCause.Value(f"WORKFLOW_TASK_FAILED_CAUSE_{cause}")
+    failed.identity = "1@here"
+    assert [bar.mark for bar in find_bars(read_events([event]), [], 0)] == marks
 
 
 def test_a_narrow_terminal_gets_a_command_whole_on_its_own_line(
