@@ -155,7 +155,7 @@ class Screen:
             for line in [*fit(told, sys.stdout), *map(printable, lines)]:
                 rows = 1 + (len(line) - 1) // size.columns  # a long one wraps
                 if self.height + rows < size.lines:
-                    print(line, flush=True)
+                    print(line)
                     self.height += rows
         self.shown = headline
 
@@ -601,7 +601,6 @@ class Bar:
     end: float
     mark: str
     name: str = ""
-    fill: str = "="
 
 
 def find_bars(events: list[Event], rows: list[dict[str, Any]], now: float) -> list[Bar]:
@@ -637,13 +636,13 @@ def temporal_bars(events: list[Event], end: float, mark: str) -> list[Bar]:
 
 def outages(rows: list[dict[str, Any]], end: float) -> list[Bar]:
     """Make a bar of each time without a server; who kills one may leave such events."""
-    moments = [(row["ts"], row["told"]["state"]) for row in rows if row["type"] == "server"]
-    following = [*moments[1:], (end, "lives")]
-    return [
-        Bar("Temporal", at, back, ".", fill=".")
-        for (at, state), (back, _) in zip(moments, following, strict=False)
-        if state == "dead"
-    ]
+    bars: list[Bar] = []
+    for row in (row for row in rows if row["type"] == "server"):
+        if row["told"]["state"] == "dead":
+            bars.append(Bar("Temporal", row["ts"], end, "."))
+        elif bars:
+            bars[-1].end = row["ts"]
+    return bars
 
 
 def worker_bars(rows: list[dict[str, Any]], seen: list[Bar], closed: bool, now: float) -> list[Bar]:
@@ -684,7 +683,7 @@ def lanes(bars: list[Bar], columns: int = 79) -> list[str]:
     for bar in bars:
         lane = drawn.setdefault(bar.lane, [" "] * width)
         idle = bar.lane == "Temporal" and any(bar.begin <= at < bar.end for at in shortened)
-        fill = "~" if idle and bar.fill == "=" else bar.fill
+        fill = "." if bar.mark == "." else "~" if idle else "="
         begin, end = column(bar.begin), column(bar.end)
         for at, character in enumerate(fill * (end - begin) + bar.mark, begin):
             if RANK.index(character) > RANK.index(lane[at]):
