@@ -1616,15 +1616,14 @@ def test_an_id_that_somebody_else_gave_a_workflow_is_escaped(served: Stage) -> N
 
 
 def test_the_list_has_the_newest_first_and_says_how_many_it_leaves_out(served: Stage) -> None:
-    for order_id in ("listed-1", "listed-2", "listed-3"):
-        answers(starter("order", order_id, "--review", "timer", "--review-seconds", "0"), 0, "")
-    answers(signals("watch", "listed-2"), 0, "COMPLETED")
-    answers(signals("watch", "listed-3"), 0, "COMPLETED")
-    answers(starter("order", "listed-4", *LASTING), 0, "started")
-    rows = signals("list", "--limit", "3").stdout.splitlines()
-    assert [row.split()[4] for row in rows[:3]] == ["listed-4", "listed-3", "listed-2"]
-    assert re.fullmatch(r"\d+ older ones are not shown; --limit \d+ shows all", rows[3])
-    everything = signals("list", "--limit", rows[3].split()[-3]).stdout
+    answers(starter("order", "listed-1", *LASTING), 0, "started")  # it goes on: the oldest lasts
+    for order_id in ("listed-2", "listed-3"):
+        quick = ["--review", "timer", "--review-seconds", "0", "--wait-result"]
+        answers(starter("order", order_id, *quick), 0, "COMPLETED")
+    rows = signals("list", "--limit", "2").stdout.splitlines()
+    assert [row.split()[4] for row in rows[:2]] == ["listed-3", "listed-2"]
+    assert re.fullmatch(r"\d+ older ones are not shown; --limit \d+ shows all", rows[2])
+    everything = signals("list", "--limit", rows[2].split()[-3]).stdout
     assert "not shown" not in everything and "listed-1" in everything
 
 
