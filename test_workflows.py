@@ -73,7 +73,7 @@ from temporalio.worker import Replayer, Worker
 
 import charge_store as store
 from activities import FAULTS, ORDER_STEPS, RULES, STEPS, Order, parse_order
-from signals import Bar, Event, find_bars, fit, lanes, offer, read_events
+from signals import Bar, Event, find_bars, lanes, offer, read_events
 from starter import BUG, CHECKED, EXERCISES, NAMES, NO_KEY, PATCHED, Exercise, Player, sections
 from worker import (
     DATA_CONVERTER,
@@ -2395,6 +2395,6 @@ def test_a_narrow_terminal_gets_a_command_whole_on_its_own_line(
     for message in (f"decide: {typed}", f"{'word ' * 20}; see: {typed}"):
         terminal, pipe = io.StringIO(), io.StringIO()
         terminal.isatty = lambda: True  # type: ignore[method-assign]
-        *words, last = fit(message, terminal)
+        *words, last = store.fit(message, terminal).splitlines()
         assert last == typed and max(map(len, words)) < 60
-        assert fit(message, pipe) == [message]
+        assert store.fit(message, pipe) == message
