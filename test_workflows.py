@@ -2076,6 +2076,15 @@ def test_a_second_worker_that_nobody_thought_of_is_named(one_worker: Stage) -> N
     assert terminal.close() == 1
 
 
+def test_a_line_that_an_exercise_left_in_workflows_is_named(stage: Stage, tmp_path: Path) -> None:
+    edited = changed_copy(tmp_path / "edited", *BUG)
+    shutil.copy(HERE / "README.md", edited)
+    for code, is_named in ((edited, True), (HERE, False)):
+        done = run("starter.py", code=code)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert ("still has a line of exercise 9 or 11" in done.stdout) == is_named
+
+
 def test_a_crowd_in_which_nobody_was_asked_twice_shows_nothing() -> None:
     """Seed 7 draws one order, which is rejected: no provider is asked for its money."""
     done = run("starter.py", "chaos", "--orders", "1", "--kills", "1", "--seed", "7")
