@@ -735,9 +735,9 @@ class Player:
             act.typed = kill_command(pid)
         await self.do_it(act)
         self.note("killed" if hard else "stopped", worker=pid)
-        for other in living:
+        for other in await self.pollers():
             alone = f"worker {other}, which nobody thought of, serves {ORDERS_QUEUE} too"
-            self.show(other == pid or self.is_dead(other), f"{alone}: stop it first")
+            raise Verdict(f"not shown: {alone}: stop it first")
 
     async def end(self, pid: int, hard: bool) -> None:
         """Kill a process, or stop it as Ctrl+C does, and wait for its end."""
@@ -976,8 +976,8 @@ class Person(Player):
         if ours and act.typed and not self.apart:
             short = len(told + act.typed) < 60  # a longer command stands alone, for copying
             told += f" (or: {act.typed})" if short else f", or you elsewhere:\n{act.typed}"
-        print(told, flush=True)
         await self.overhear()
+        print(told, flush=True)
         hurry = act.hurry and not await self.over()
         while not await self.sees(act.done):
             line = await self.heard(0.2)

@@ -1836,7 +1836,7 @@ class Counting(Player):
         return [0.0, 0.0]
 
     async def pollers(self) -> list[int]:
-        return [1]
+        return []
 
     def is_dead(self, pid: int) -> bool:
         return True
