@@ -792,6 +792,8 @@ class Player:
         act.done = self.server_is_dead
         await self.do_it(act)
         self.note("server", state="dead")
+        if not self.by_hand:  # so that the outage takes some room in the picture
+            await asyncio.sleep(1)
 
     async def start_server(self) -> None:
         """Start the server on the same file."""
