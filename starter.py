@@ -830,6 +830,7 @@ class Player:
         await self.until("", self.ended, order_id)
         took = time.time() - self.since
         result = await persist(partial(end_of, self.handle(order_id)))
+        self.check(result == end, f"{order_id} has ended: {end}", f"{order_id} ended {result}")
         for _ in range(100):  # what comes late comes within 5 s
             rows = store.effects_of(order_id)
             fit = sorted((row["kind"], row["status"]) for row in rows) == sorted(effects.items())
@@ -838,7 +839,6 @@ class Player:
                 break
             await asyncio.sleep(0.1)
         ledger = "; ".join(store.proof(row) for row in rows)
-        self.check(result == end, f"{order_id} has ended: {end}", f"{order_id} ended {result}")
         if not fit:
             raise Verdict(f"NOT HELD: the ledger has {ledger}, should be: {effects}")
         self.show(not rare, f"a provider was not asked again: {ledger}")
