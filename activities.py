@@ -43,10 +43,6 @@ class PaymentDeclined(Exception):
     """The card cannot pay. Asking again would not help."""
 
 
-class Outage(Exception):
-    """A simulated failure that asking again may mend."""
-
-
 @dataclass(frozen=True)
 class Order:
     """What a customer orders, how patient we are with it, and which steps shall go wrong."""
@@ -181,7 +177,7 @@ def fail_before(order: Order, step: str, fault: str) -> None:
     if fault == "random":
         fault = draw(order, step)
     if fault == "down" or (fault == "flaky" and store.count(order.order_id, step) <= 2):
-        raise Outage(f"simulated outage of {step}")
+        raise ConnectionError(f"simulated outage of {step}")
     if fault.startswith("hang") and claim(order, step, fault):
         wait(float("inf"))
     if fault == "late" and claim(order, step, fault):

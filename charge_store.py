@@ -48,7 +48,10 @@ class PaymentConflict(Exception):
 
 
 class OrderGivenUp(Exception):
-    """The provider refuses: the effect was undone, or forbidden before it came (a tombstone)."""
+    """The provider refuses: the effect was undone, or forbidden before it came (a tombstone).
+
+    An order that meets this has FAILED, with this as its type.
+    """
 
 
 class OrderConflict(Exception):

@@ -8,25 +8,25 @@ import argparse
 import asyncio
 import itertools
 import json
-import os
 import shutil
 import socket
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from functools import cache
 from math import ceil, floor
-from typing import Any
+from typing import Any, NoReturn, TextIO
 
 from temporalio.api.enums.v1 import (
     EventType,
-    PendingWorkflowTaskState,
     TaskQueueType,
     TimeoutType,
+    WorkflowTaskFailedCause,
 )
 from temporalio.api.taskqueue.v1 import TaskQueue
 from temporalio.api.workflowservice.v1 import DescribeTaskQueueRequest
@@ -45,7 +45,7 @@ from temporalio.service import RPCError, RPCStatusCode
 import charge_store as store
 from charge_store import printable, say
 from worker import SERVER_DOWN, Parser, command, connect, run_script, web_ui
-from workflows import HEARTBEAT, NOTE_LENGTH
+from workflows import HEARTBEAT, NOTE_LENGTH, START_TO_CLOSE
 
 Handle = WorkflowHandle[Any, Any]
 RUNNING = WorkflowExecutionStatus.RUNNING
@@ -66,13 +66,29 @@ def see(verb: str, order_id: str = "") -> str:
     return f"{command('signals.py')} {verb} {order_id}".strip()
 
 
-# The terminal.
+# The terminal. Where a message names a command to type, the command ends it, after a colon.
 
 
-@cache
-def keyboard() -> "Keyboard":
-    """Return this process's one reader of what is typed."""
-    return Keyboard()
+def fit(message: str, stream: TextIO) -> list[str]:
+    """Escape a message; if a terminal is too narrow, the command stands on a line of its own."""
+    line, columns = printable(message), shutil.get_terminal_size().columns
+    if not stream.isatty() or len(line) < columns:
+        return [line]
+    words, _, typed = line.rpartition(": ")
+    if ".py" not in typed:
+        return textwrap.wrap(line, columns - 1)
+    return [*textwrap.wrap(f"{words}:", columns - 1), typed]
+
+
+def tell(message: str) -> None:
+    """Print a message."""
+    print(*fit(message, sys.stdout), sep="\n", flush=True)
+
+
+def leave(message: str) -> NoReturn:
+    """Say what is wrong, and exit."""
+    print(*fit(message, sys.stderr), sep="\n", file=sys.stderr)
+    sys.exit(1)
 
 
 class Keyboard:
@@ -85,21 +101,14 @@ class Keyboard:
         threading.Thread(target=self._read, daemon=True).start()
 
     def _read(self) -> None:
-        """Read lines until the end of input, for which None stands."""
-        rest = b""
-        with suppress(OSError):
-            while chunk := os.read(0, 4096):
-                *lines, rest = (rest + chunk).split(b"\n")
-                for line in lines:
-                    self._put(line.decode(errors="replace").strip())
-        if rest:
-            self._put(rest.decode(errors="replace").strip())
-        self._put(None)
-
-    def _put(self, line: str | None) -> None:
-        """Hand a line over to the event loop, if that still runs."""
-        with suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(self._lines.put_nowait, line)
+        """Hand lines over to the event loop until the end of input, for which None stands."""
+        hand_over, put = self._loop.call_soon_threadsafe, self._lines.put_nowait
+        with suppress(RuntimeError):  # the loop has ended
+            # Unbuffered: Python cannot exit while a thread waits in a buffered read.
+            with suppress(OSError), open(0, "rb", buffering=0, closefd=False) as typed:
+                for line in typed:
+                    hand_over(put, line.decode(errors="replace").strip())
+            hand_over(put, None)
 
     async def line(self) -> str | None:
         """Return the next line, or None at the end of input."""
@@ -125,6 +134,9 @@ class Keyboard:
         return answer
 
 
+keyboard = cache(Keyboard)  # one for the whole process, made when it is first asked for
+
+
 class Screen:
     """What is drawn: on a terminal again and again in place, elsewhere a line when it changes."""
 
@@ -134,17 +146,17 @@ class Screen:
 
     def show(self, headline: str, lines: Iterable[str] = ()) -> None:
         """Show a headline with the seconds so far, and lines that only a terminal gets."""
-        seconds = f"{time.monotonic() - self.started:6.1f} s  "
+        told = f"{time.monotonic() - self.started:6.1f} s  {headline}"
         if self.plain and headline != self.shown:
-            print(printable(seconds + headline), flush=True)
+            tell(told)
         elif not self.plain:
             size = shutil.get_terminal_size()
-            drawn = [seconds + headline, *lines][: size.lines - 1]
             self.clear()
-            for line in drawn:  # one that wraps would not be where the next drawing expects it
-                print(printable(line)[: size.columns - 1])
-            sys.stdout.flush()
-            self.height = len(drawn)
+            for line in [*fit(told, sys.stdout), *map(printable, lines)]:
+                rows = 1 + (len(line) - 1) // size.columns  # a long one wraps
+                if self.height + rows < size.lines:
+                    print(line)
+                    self.height += rows
         self.shown = headline
 
     def clear(self) -> None:
@@ -164,8 +176,8 @@ async def decide(client: Client, options: argparse.Namespace) -> int:
     status, state = await ask(handle)
     if status and not str(status["decision"]).startswith(options.command):
         stands = status["decision"] or state
-        sys.exit(f"{handle.id} is {stands} already: the {options.command} was only recorded")
-    say(f"{handle.id}: {options.command} sent; {state}")
+        leave(f"{handle.id} is {stands} already: the {options.command} was only recorded")
+    tell(f"{handle.id}: {options.command} sent; {state}")
     return 0
 
 
@@ -175,11 +187,11 @@ async def cancel(client: Client, options: argparse.Namespace) -> int:
     if options.order_id is None:
         answer = await keyboard().ask(f"Cancel {printable(handle.id)}? [y/N]: ")
         if (answer or "").lower() != "y":
-            sys.exit("nothing was cancelled")
+            leave("nothing was cancelled")
     if (await ask(handle))[1] == "COMPENSATING":
-        sys.exit(f"too late: {handle.id} is being undone already; see: {see('watch', handle.id)}")
+        leave(f"too late: {handle.id} is being undone already; see: {see('watch', handle.id)}")
     await handle.signal("cancel", options.reason)
-    say(f"{handle.id}: cancel sent; see: {see('watch', handle.id)}")
+    tell(f"{handle.id}: cancel sent; see: {see('watch', handle.id)}")
     return 0
 
 
@@ -189,10 +201,10 @@ async def update_address(client: Client, options: argparse.Namespace) -> int:
     try:
         await handle.execute_update("update_address", options.address, rpc_timeout=RPC_TIMEOUT)
     except WorkflowUpdateFailedError as error:
-        sys.exit(f"{handle.id}: refused: {getattr(error.cause, 'message', error)}")
+        leave(f"{handle.id}: refused: {getattr(error.cause, 'message', error)}")
     except WorkflowUpdateRPCTimeoutOrCancelledError:
-        sys.exit(f"{handle.id}: {await silence(handle)} (then look: it may still be changed)")
-    say(f"{handle.id}: goes to {options.address}")
+        leave(f"{handle.id}: it may still be changed; {await silence(handle)}")
+    tell(f"{handle.id}: goes to {options.address}")
     return 0
 
 
@@ -203,33 +215,36 @@ async def addressee(client: Client, options: argparse.Namespace) -> Handle:
         order_id = await offer(client, options.command)
     handle, description = await find(client, order_id)
     if description.workflow_type != "OrderWorkflow":
-        sys.exit(f"{order_id} is no order, it takes no messages; see: {see('watch', order_id)}")
+        leave(f"{order_id} is no order, it takes no messages; see: {see('watch', order_id)}")
     if description.status != RUNNING:
-        sys.exit(f"too late: {order_id} has ended; see: {see('status', order_id)}")
+        leave(f"too late: {order_id} has ended; see: {see('status', order_id)}")
     return handle
 
 
 async def offer(client: Client, verb: str) -> str:
     """Let a person on a terminal pick one of the orders that a message could be for."""
     if not sys.stdin.isatty():
-        sys.exit(f"name an order: {see(verb, 'ORDER_ID')}")
+        leave(f"name an order: {see(verb, 'ORDER_ID')}")
     orders = "WorkflowType = 'OrderWorkflow' AND ExecutionStatus = 'Running'"
     found = [order.id async for order in client.list_workflows(orders, limit=20)]
-    states = await asyncio.gather(*(ask(client.get_workflow_handle(id_)) for id_ in found))
-    waiting = [
-        order_id
-        for order_id, (status, state) in zip(found, states, strict=True)
-        if verb == "cancel" or state == "AWAITING_REVIEW" or not status
-    ]
-    if not waiting:
-        sys.exit(f"no order waits to {verb}; see: {see('list')}")
-    for number, order_id in enumerate(waiting, 1):
-        say(f"{number:3} {order_id}")
-    while (answer := await keyboard().ask("Which one [1]: ")) is not None:
-        if (answer or "1") in map(str, range(1, len(waiting) + 1)):
-            return waiting[int(answer or "1") - 1]
-        say(f"a number from 1 to {len(waiting)}, please")
-    sys.exit(f"no {verb} was sent")
+    answers = await asyncio.gather(*(ask(client.get_workflow_handle(id_)) for id_ in found))
+    choices: dict[str, str] = {}
+    cents = amounts()
+    for order_id, (status, state) in zip(found, answers, strict=True):
+        if verb == "cancel" or state == "AWAITING_REVIEW" or not status:
+            choices[str(len(choices) + 1)] = order_id
+            amount, state = cents.get(order_id, "-"), state.partition(";")[0]
+            say(f"{len(choices):3}  {state:15} {amount:>10}  {order_id}", indent=5)
+    if not choices:
+        leave(f"no order waits to {verb}; see: {see('list')}")
+    only = "1" if len(choices) == 1 else ""
+    question = f"Which one, or q{' [1]' * bool(only)}: "
+    while (answer := await keyboard().ask(question)) not in (None, "q"):
+        picked = choices.get(answer or only, answer)
+        if picked in choices.values():
+            return str(picked)
+        say(f"a number from 1 to {len(choices)} or one of these ids, please")
+    leave(f"no {verb} was sent")
 
 
 # Looking at orders.
@@ -243,14 +258,22 @@ async def find(client: Client, order_id: str) -> tuple[Handle, WorkflowExecution
     except RPCError as error:
         if error.status not in (RPCStatusCode.NOT_FOUND, RPCStatusCode.INVALID_ARGUMENT):
             raise
-        sys.exit(f"unknown order '{order_id}'; see: {see('list')}")
+        leave(f"unknown order '{order_id}'; see: {see('list')}")
 
 
-async def ask(handle: Handle) -> tuple[dict[str, Any], str]:
+async def ask(
+    handle: Handle, description: WorkflowExecutionDescription | None = None
+) -> tuple[dict[str, Any], str]:
     """Ask an order for its status; return that, empty if there is none, and where it stands."""
-    description = await handle.describe()
+    description = description or await handle.describe()
     if description.workflow_type != "OrderWorkflow" and description.status:
         return {}, description.status.name  # it has no such query; Temporal's word will do
+    task = description.raw_description.pending_workflow_task
+    fails = task.attempt > 1 and await code_failure(handle) is not None
+    untaken = task.attempt > 0 and not task.HasField("started_time")
+    since = task.original_scheduled_time.ToMilliseconds() / 1000
+    if fails or (untaken and time.time() - since > RPC_TIMEOUT.total_seconds()):
+        return {}, await silence(handle)  # a question would only wait behind that task
     # A worker that has not got the order in memory replays a thousand events in under a second.
     patience = RPC_TIMEOUT + timedelta(milliseconds=description.history_length)
     try:
@@ -267,12 +290,11 @@ async def ask(handle: Handle) -> tuple[dict[str, Any], str]:
 
 
 async def silence(handle: Handle) -> str:
-    """Say why a question had no answer, and what to do."""
+    """Say why a question has no answer, and what to do."""
     if await code_failure(handle) is not None:
         return f"the workflow's code fails; see: {see('history', handle.id)}"
     description = await handle.describe()
-    task = description.raw_description.pending_workflow_task
-    if task.state == PendingWorkflowTaskState.PENDING_WORKFLOW_TASK_STATE_STARTED:
+    if description.raw_description.pending_workflow_task.HasField("started_time"):
         return (
             f"a worker has taken it up and replays {description.history_length} events;"
             " if it died meanwhile, another one gets it within 10 s"
@@ -296,11 +318,10 @@ async def pollers(client: Client, queue: str) -> set[int]:
 async def code_failure(handle: Handle) -> str | None:
     """Tell how a worker last failed in the workflow's code; None: it did not, or it was killed."""
     failure = None
-    async for event in handle.fetch_history_events():
-        if event.HasField("workflow_task_failed_event_attributes"):
-            failed = event.workflow_task_failed_event_attributes
-            failure = None if failed.new_run_id else why(failed.failure)
-        elif kind_of(event) in ("WORKFLOW_TASK_COMPLETED", "WORKFLOW_TASK_TIMED_OUT"):
+    for event in await read_history(handle):
+        if event.kind == "WORKFLOW_TASK_FAILED":
+            failure = why(event.a.failure)
+        elif event.kind in ("WORKFLOW_TASK_COMPLETED", "WORKFLOW_TASK_TIMED_OUT", "RESET"):
             failure = None
     return failure
 
@@ -308,9 +329,9 @@ async def code_failure(handle: Handle) -> str | None:
 async def status(client: Client, options: argparse.Namespace) -> int:
     """Print an order's status, or what Temporal knows of another workflow."""
     handle, description = await find(client, options.order_id)
-    status, state = await ask(handle)
+    status, state = await ask(handle, description)
     if not status and description.workflow_type == "OrderWorkflow":
-        sys.exit(f"{handle.id}: {state}")
+        leave(f"{handle.id}: {state}")
     if not status:
         status = {"order_id": handle.id, "workflow": description.workflow_type, "state": state}
     elif description.status and description.status.name in ("TERMINATED", "TIMED_OUT"):
@@ -320,41 +341,40 @@ async def status(client: Client, options: argparse.Namespace) -> int:
     return 0
 
 
+def amounts() -> dict[str, str]:
+    """Read from the ledger what each order costs."""
+    rows = store.select("SELECT order_id, amount_cents FROM effects")
+    return {row["order_id"]: f"{row['amount_cents'] / 100:.2f}" for row in rows}
+
+
 async def list_orders(client: Client, options: argparse.Namespace) -> int:
     """List the newest orders and charges."""
-    amounts = {
-        row["order_id"]: f"{row['amount_cents'] / 100:.2f}"
-        for row in store.select("SELECT order_id, amount_cents FROM effects")
-    }
-    kinds = "WorkflowType IN ('OrderWorkflow', 'ChargeWorkflow')"
-    runs = [run async for run in client.list_workflows(kinds, limit=options.limit)]
-    for n, run in enumerate(runs):
+    kinds, cents = "WorkflowType IN ('OrderWorkflow', 'ChargeWorkflow')", amounts()
+    found = [run async for run in client.list_workflows(kinds)]
+    runs = sorted(found, key=lambda run: run.start_time, reverse=True)
+    for n, run in enumerate(runs[: options.limit]):
         state = run.status.name if run.status else ""
         if state == "COMPLETED" and run.workflow_type == "OrderWorkflow":
             # To Temporal a rejected order is complete as well: what it returned says more.
             state = await client.get_workflow_handle(run.id, run_id=run.run_id).result()
         started = f"{run.start_time.astimezone():%m-%d %H:%M:%S}"
         again = "  (another run of it)" if run.id in [older.id for older in runs[n + 1 :]] else ""
-        say(f"{started}  {state:10} {amounts.get(run.id, '-'):>10}  {run.id}{again}", indent=16)
+        say(f"{started}  {state:10} {cents.get(run.id, '-'):>10}  {run.id}{again}", indent=16)
+    if len(runs) > options.limit:
+        say(f"{len(runs) - options.limit} older ones are not shown; --limit {len(runs)} shows all")
     if not runs:
-        say(f"no orders yet; place one: {command('starter.py')} order")
+        tell(f"no orders yet; place one: {command('starter.py')} order")
     return 0
 
 
 async def events(options: argparse.Namespace) -> int:
     """Print an order's audit trail and its effects, from the ledger."""
     if not store.say_order(options.order_id):
-        path = store.store_path()
-        sys.exit(f"no events of '{options.order_id}' in {path}; see: {see('list')}")
+        leave(f"no events of '{options.order_id}' in {store.store_path()}; see: {see('list')}")
     return 0
 
 
 # Watching an order.
-
-
-async def watch(client: Client, options: argparse.Namespace) -> int:
-    """Follow an order to its end."""
-    return await follow(client, options.order_id)
 
 
 async def follow(
@@ -383,7 +403,7 @@ async def follow(
         cause: Any = error
         while getattr(cause, "cause", None):
             cause = cause.cause
-        sys.exit(f"{handle.id} FAILED: {cause}")
+        leave(f"{handle.id} FAILED: {cause}")
     end = result["status"] if isinstance(result, dict) else result or "COMPLETED"
     if end == "COMPLETED":
         screen.show(end, [f"    [x] {done}" for done in TRACKER.values()])
@@ -395,218 +415,79 @@ async def picture(
     client: Client, handle: Handle, description: WorkflowExecutionDescription
 ) -> tuple[str, list[str]]:
     """Return an order's headline and its steps: done, now, still to come."""
-    _, state = await ask(handle)
+    _, state = await ask(handle, description)
     activities = description.raw_description.pending_activities
     attempts = [activity.attempt for activity in activities if activity.attempt > 1]
     headline = state + (f", attempt {attempts[0]}" if attempts else "")
     if state == "AWAITING_REVIEW":
         headline += f"; decide: {see('approve', handle.id)}"
+    lines = []
+    for at, (step, done) in enumerate(TRACKER.items() if state in TRACKER else ()):
+        box = "x" if at < list(TRACKER).index(state) else ">" if step == state else " "
+        lines.append(f"    [{box}] {done}")
+        if step == state and state in ("WAITING", "AWAITING_REVIEW"):
+            lines[-1] += f": {await seconds_left(handle):.0f} s left"
     address = client.service_client.config.target_host
-    lines = [f"    {web_ui(address)}/namespaces/{client.namespace}/workflows/{handle.id}"]
-    if state in TRACKER:
-        now = list(TRACKER).index(state)
-        steps = [
-            f"    [{'x' if at < now else ' '}] {done}" for at, done in enumerate(TRACKER.values())
-        ]
-        steps[now] = steps[now].replace("[ ]", "[>]")
-        if state in ("WAITING", "AWAITING_REVIEW"):
-            steps[now] += f": {await seconds_left(handle):.0f} s left"
-        lines = steps + lines
+    lines.append(f"    {web_ui(address)}/namespaces/{client.namespace}/workflows/{handle.id}")
     return headline, lines
 
 
 async def seconds_left(handle: Handle) -> float:
     """Read from the history when the newest timer, the wait's or the review's, will fire."""
-    ends = datetime.now(UTC)
-    async for event in handle.fetch_history_events():
-        if event.HasField("timer_started_event_attributes"):
-            timer = event.timer_started_event_attributes.start_to_fire_timeout
-            ends = event.event_time.ToDatetime(UTC) + timer.ToTimedelta()
-    return max(0.0, (ends - datetime.now(UTC)).total_seconds())
-
-
-# An order's life as lanes: Temporal's, and one for each worker, over time.
-
-LABEL, WIDTH = 15, 64  # columns: a lane's name, and its drawing
-MESSAGES = ("WORKFLOW_EXECUTION_SIGNALED", "WORKFLOW_EXECUTION_UPDATE_ACCEPTED")
-ENDS = [
-    f"WORKFLOW_EXECUTION_{end}"
-    for end in ("COMPLETED", "FAILED", "CANCELED", "TERMINATED", "TIMED_OUT")
-]
-STEPS = [n * unit for unit in (0.001, 0.01, 0.1, 1, 10, 60, 600, 3600, 36000) for n in (1, 2, 5)]
-MARKS = {  # at the end of a bar; - alone: the worker ran the workflow's code
-    "X": "its worker died",
-    "x": "failed",
-    "/": "stopped",
-    "!": "message",
-    ">": "goes on",
-    "~": "time shortened",
-}
-
-
-@dataclass
-class Bar:
-    """Something on a lane from one moment to another, with a name and a mark at its end."""
-
-    lane: str
-    begin: float
-    end: float
-    name: str = ""
-    mark: str = "|"
-    waiting: bool = False
-
-
-def lanes(events: list[Any], attempts: list[dict[str, Any]], now: float) -> list[str]:
-    """Draw an order's life in 79 columns: a bar for each attempt, a cross where its worker died.
-
-    `events` is its history, `attempts` its attempts' events in the ledger, `now` a Unix time.
-    """
-    bars = temporal_bars(events, now)
-    bars += attempt_bars(attempts, bars, kind_of(events[-1]) in ENDS, now)
-    if not bars:
-        return ["no worker has taken it up yet"]
-    column, shortened, clock = time_scale(bars)
-    drawn = {"Temporal": [" "] * WIDTH}
-    for bar in sorted(bars, key=lambda bar: bar.begin):
-        lane = drawn.setdefault(bar.lane, [" "] * WIDTH)
-        begin, end = column(bar.begin), column(bar.end)
-        fill = "~" if bar.waiting and any(bar.begin <= at < bar.end for at in shortened) else "="
-        body = (f"{bar.name} " if end - begin > len(bar.name) else "").ljust(end - begin, fill)
-        for at, character in enumerate(body + bar.mark, begin):
-            if lane[at] in " -=~|" and (character != "-" or lane[at] == " "):
-                lane[at] = character
-    lines = [f"{lane[: LABEL - 1]:{LABEL}}{''.join(drawn[lane])}".rstrip() for lane in drawn]
-    legend = [f"{mark} {words}" for mark, words in MARKS.items() if mark in "".join(lines)]
-    return [" " * LABEL + clock, *lines] + ([" " * LABEL + "  ".join(legend)] if legend else [])
-
-
-def kind_of(event: Any) -> str:
-    """Name an event of the history."""
-    return EventType.Name(event.event_type).removeprefix("EVENT_TYPE_")
-
-
-def temporal_bars(events: list[Any], now: float) -> list[Bar]:
-    """Find what Temporal's lane shows, timers, the child, messages, and who ran the code when."""
-    moments: list[Bar] = []
-    waits: dict[int, Bar] = {}  # by the id of the event that began them
-    for event in events:
-        at, kind = event.event_time.ToDatetime(UTC).timestamp(), kind_of(event)
-        a = getattr(event, str(event.WhichOneof("attributes")))
-        begun = getattr(a, "initiated_event_id", 0) or getattr(a, "started_event_id", 0)
-        if kind == "TIMER_STARTED":
-            waits[event.event_id] = Bar("Temporal", at, now, summary(event) or "timer", ">", True)
-        elif kind == "START_CHILD_WORKFLOW_EXECUTION_INITIATED":
-            waits[event.event_id] = Bar("Temporal", at, now, "shipping", ">", True)
-        elif kind in (*MESSAGES, "WORKFLOW_EXECUTION_CANCEL_REQUESTED"):
-            moments.append(Bar("Temporal", at, at, mark="!"))
-        elif kind == "WORKFLOW_TASK_COMPLETED" and "@" in a.identity:
-            moments.append(Bar(f"worker {a.identity.partition('@')[0]}", at, at, mark="-"))
-        elif begun in waits and not kind.endswith("STARTED"):
-            waits[begun].end, waits[begun].mark = at, "|"
-        elif kind in ENDS:
-            for wait in waits.values():
-                wait.end, wait.mark = min(wait.end, at), "|"
-    return moments + [wait for wait in waits.values() if wait.name != "Deadline"]
-
-
-def summary(event: Any) -> str:
-    """Read what a timer is called."""
-    data = event.user_metadata.summary.data
-    return str(json.loads(data)) if data else ""
-
-
-def attempt_bars(
-    attempts: list[dict[str, Any]], marks: list[Bar], closed: bool, now: float
-) -> list[Bar]:
-    """Make a bar of each attempt and tell how it ended; `marks` are when workers were seen too."""
-    told = [json.loads(attempt["payload_json"]) for attempt in attempts]
-    last_seen = {bar.lane: bar.begin for bar in sorted(marks, key=lambda bar: bar.begin)}
-    for attempt, payload in zip(attempts, told, strict=True):
-        lane = f"worker {payload.get('worker', '?')}"
-        last_seen[lane] = max(attempt["ts"], last_seen.get(lane, 0))
-    bars = []
-    for n, (attempt, payload) in enumerate(zip(attempts, told, strict=True)):
-        later = (a for a in attempts[n + 1 :] if a["type"] == attempt["type"])
-        again = next((a for a in later if a["attempt"] > attempt["attempt"]), None)
-        bar = Bar(f"worker {payload.get('worker', '?')}", attempt["ts"], attempt["ts"])
-        bar.name = attempt["type"].partition("_")[0]
-        bar.end += payload.get("seconds", 0)
-        ended = str(payload.get("ended", ""))
-        # Nothing was seen of its worker since, or since another attempt took over.
-        gone = last_seen[bar.lane] <= (again or attempt)["ts"]
-        if not ended and not again and not closed:
-            bar.end, bar.mark = now, ">"
-        elif gone and (not ended or (ended == "ok" and again)):
-            bar.mark = "X"
-        elif ended.startswith("CancelledError"):
-            bar.mark = "/"
-        elif ended != "ok":
-            bar.mark = "x"
-        if not ended and again:  # when it died nobody saw; another came after a heartbeat's silence
-            bar.end = max(bar.begin, again["ts"] - HEARTBEAT.total_seconds())
-        bars.append(bar)
-    return bars
-
-
-def time_scale(bars: list[Bar]) -> tuple[Callable[[float], int], list[float], str]:
-    """Lay time out over the columns, idle time shortened where it leaves no room for the rest.
-
-    Returns the column of a moment, the moments at which shortened time begins, and the clock.
-    """
-    moments = sorted({moment for bar in bars for moment in (bar.begin, bar.end)})
-    gaps = list(itertools.pairwise(moments))
-    work = [(bar.begin, bar.end) for bar in bars if not bar.waiting]
-    idle = {b for b, e in gaps if not any(begin <= b and e <= end for begin, end in work)}
-    busy = sum(e - b for b, e in gaps if b not in idle)
-    # More than 12 s in which nothing is done take no more room than three times what is done.
-    longest = max(3 * busy, 1)
-    length = {b: min(e - b, longest) if b in idle and e - b > 12 else e - b for b, e in gaps}
-    shortened = [b for b, e in gaps if length[b] < e - b]
-    columns_a_second = (WIDTH - 1) / max(0.001, sum(length.values()))
-    place = dict(zip(moments, itertools.accumulate([0.0, *length.values()]), strict=True))
-    labels = {place[e]: e - moments[0] for b, e in gaps if b in shortened} | {0.0: 0.0}
-    step = next((s for s in STEPS if s * columns_a_second >= 9), STEPS[-1])
-    for b, e in gaps:
-        if b not in shortened:
-            for n in range(ceil((b - moments[0]) / step), floor((e - moments[0]) / step) + 1):
-                labels.setdefault(place[b] + n * step - (b - moments[0]), n * step)
-    clock = ""
-    for at, seconds in sorted(labels.items()):
-        text = f"{round(seconds, 2):g} s" if seconds < 120 else f"{round(seconds / 60, 1):g} min"
-        if not clock or len(clock) + 2 <= round(at * columns_a_second) <= WIDTH - len(text):
-            clock = clock.ljust(round(at * columns_a_second)) + text
-    return lambda moment: round(place[moment] * columns_a_second), shortened, clock
+    events = await read_history(handle)
+    fires = [event.at + timer_seconds(event) for event in events if event.kind == "TIMER_STARTED"]
+    return max(0.0, fires[-1] - time.time()) if fires else 0.0
 
 
 # The event history in plain sentences.
 
-SENTENCES = {  # {event type: sentence}; the words in braces are found by tell()
-    "WORKFLOW_EXECUTION_STARTED": "Temporal has it, as {type}",
-    "WORKFLOW_EXECUTION_COMPLETED": "the workflow is complete",
-    "WORKFLOW_EXECUTION_FAILED": "the workflow failed: {why}",
-    "WORKFLOW_EXECUTION_CANCELED": "the workflow was cancelled",
-    "WORKFLOW_EXECUTION_TERMINATED": "terminated: no code ran, nothing was undone",
-    "WORKFLOW_EXECUTION_TIMED_OUT": "timed out: no code ran, nothing was undone",
-    "WORKFLOW_EXECUTION_CANCEL_REQUESTED": "somebody cancels the workflow",
-    "WORKFLOW_EXECUTION_SIGNALED": "signal {signal} comes",
-    "WORKFLOW_EXECUTION_UPDATE_ACCEPTED": "update {update} is accepted",
-    "WORKFLOW_TASK_STARTED": "{worker} takes the workflow up",
-    "WORKFLOW_TASK_TIMED_OUT": "that worker does not answer; any other may take it",
-    "WORKFLOW_TASK_FAILED": "{worker} fails in the workflow's code: {why}",
-    "ACTIVITY_TASK_STARTED": "{step} runs on {worker}{again}",
-    "ACTIVITY_TASK_COMPLETED": "{step} is done",
-    "ACTIVITY_TASK_FAILED": "{step} failed: {why}",
-    "ACTIVITY_TASK_TIMED_OUT": "{step} failed: {why}",
-    "ACTIVITY_TASK_CANCEL_REQUESTED": "{step} is asked to stop",
-    "ACTIVITY_TASK_CANCELED": "{step} has stopped",
-    "TIMER_STARTED": "the timer of {seconds:g} s starts: {timer}",
-    "TIMER_FIRED": "the timer fires: {timer}",
-    "TIMER_CANCELED": "the timer is not needed any more: {timer}",
-    "CHILD_WORKFLOW_EXECUTION_STARTED": "{child} starts",
-    "CHILD_WORKFLOW_EXECUTION_COMPLETED": "{child} is done",
-    "CHILD_WORKFLOW_EXECUTION_FAILED": "{child} failed: {why}",
-    "CHILD_WORKFLOW_EXECUTION_CANCELED": "{child} was cancelled",
+
+@dataclass
+class Event:
+    """An event of Temporal's history."""
+
+    kind: str
+    at: float  # as a Unix time
+    a: Any  # its attributes
+    begun: int  # the id of the event that began what this one is about
+    name: str  # what that is called, if it is an activity, a timer or a child
+    worker: str  # who had the task, if it is one that somebody had
+
+
+SENTENCES: dict[str, Callable[[Event], str]] = {
+    "STARTED": lambda e: f"Temporal has it, as {e.a.workflow_type.name}",
+    "COMPLETED": lambda _: "the workflow is complete",
+    "FAILED": lambda e: f"the workflow failed: {why(e.a.failure)}",
+    "CANCELED": lambda _: "the workflow was cancelled",
+    "TERMINATED": lambda _: "terminated: no code ran, nothing was undone",
+    "TIMED_OUT": lambda _: "timed out: no code ran, nothing was undone",
+    "CANCEL_REQUESTED": lambda _: "somebody cancels the workflow",
+    "SIGNALED": lambda e: f"signal {e.a.signal_name} comes",
+    "UPDATE_ACCEPTED": lambda e: f"update {e.a.accepted_request.input.name} is accepted",
+    "WORKFLOW_TASK_STARTED": lambda e: f"{e.worker} takes the workflow up",
+    "WORKFLOW_TASK_TIMED_OUT": lambda _: "that worker does not answer; any other may take it",
+    "WORKFLOW_TASK_FAILED": lambda e: (
+        f"{e.worker} fails in the workflow's code: {why(e.a.failure)}"
+    ),
+    "RESET": lambda _: "reset to here: from now on this is another run",
+    "ACTIVITY_TASK_STARTED": lambda e: f"{e.name} runs on {e.worker}{again(e.a)}",
+    "ACTIVITY_TASK_COMPLETED": lambda e: f"{e.name} is done",
+    "ACTIVITY_TASK_FAILED": lambda e: f"{e.name} failed: {why(e.a.failure)}",
+    "ACTIVITY_TASK_TIMED_OUT": lambda e: f"{e.name} failed: {why(e.a.failure)}",
+    "ACTIVITY_TASK_CANCEL_REQUESTED": lambda e: f"{e.name} is asked to stop",
+    "ACTIVITY_TASK_CANCELED": lambda e: f"{e.name} has stopped",
+    "TIMER_STARTED": lambda e: f"the timer of {timer_seconds(e):g} s starts: {e.name}",
+    "TIMER_FIRED": lambda e: f"the timer fires: {e.name}",
+    "TIMER_CANCELED": lambda e: f"the timer is not needed any more: {e.name}",
+    "CHILD_WORKFLOW_EXECUTION_STARTED": lambda e: f"{e.name} starts",
+    "CHILD_WORKFLOW_EXECUTION_COMPLETED": lambda e: f"{e.name} is done",
+    "CHILD_WORKFLOW_EXECUTION_FAILED": lambda e: f"{e.name} failed: {why(e.a.failure)}",
+    "CHILD_WORKFLOW_EXECUTION_CANCELED": lambda e: f"{e.name} was cancelled",
 }
+# A message came while the workflow's last task was done: that is done again, the code is all right.
+OVERTAKEN = WorkflowTaskFailedCause.WORKFLOW_TASK_FAILED_CAUSE_UNHANDLED_COMMAND
+MESSAGES = ("SIGNALED", "UPDATE_ACCEPTED", "CANCEL_REQUESTED")
+ENDS = ("COMPLETED", "FAILED", "CANCELED", "TERMINATED", "TIMED_OUT")
 
 
 def why(failure: Any) -> str:
@@ -617,72 +498,251 @@ def why(failure: Any) -> str:
     return str(failure.message) + (" (its worker fell silent)" if missed else "")
 
 
-def tell(event: Any, steps: dict[int, str]) -> str:
-    """Put one event into words; an activity's later events name it by its first one's id."""
-    kind = kind_of(event)
-    a = getattr(event, str(event.WhichOneof("attributes")))
-    if kind == "ACTIVITY_TASK_SCHEDULED":
-        steps[event.event_id] = a.activity_type.name
-    found: dict[str, Any] = {"step": steps.get(getattr(a, "scheduled_event_id", 0))}
-    if hasattr(a, "identity"):
-        found["worker"] = f"worker {a.identity.partition('@')[0]}"
-    if hasattr(a, "failure"):
-        found["why"] = why(a.failure)
-    if kind == "ACTIVITY_TASK_STARTED":
-        again = f", attempt {a.attempt}; before it: {why(a.last_failure)}"
-        found["again"] = again if a.attempt > 1 else ""
-    if kind == "TIMER_STARTED":
-        found["seconds"] = a.start_to_fire_timeout.ToMilliseconds() / 1000
-        steps[event.event_id] = summary(event)
-        found["timer"] = summary(event)
-    if kind in ("TIMER_FIRED", "TIMER_CANCELED"):
-        found["timer"] = steps.get(a.started_event_id)
-    if kind == "WORKFLOW_EXECUTION_UPDATE_ACCEPTED":
-        found["update"] = a.accepted_request.input.name
-    found["type"] = a.workflow_type.name if hasattr(a, "workflow_type") else ""
-    found["signal"] = getattr(a, "signal_name", "")
-    found["child"] = getattr(getattr(a, "workflow_execution", None), "workflow_id", "")
-    if kind == "WORKFLOW_TASK_STARTED" and not a.identity:
-        return ""  # a repeated attempt, which the server does not keep
-    if kind == "WORKFLOW_TASK_FAILED" and a.new_run_id:
-        return "reset to here: from now on this is another run"
-    return SENTENCES.get(kind, "").format(**found)
+def timer_seconds(event: Event) -> float:
+    """Tell how long a timer is."""
+    return float(event.a.start_to_fire_timeout.ToMilliseconds() / 1000)
+
+
+def again(attempt: Any) -> str:
+    """Say of an attempt that is not the first what became of the one before."""
+    before = f"before it: {why(attempt.last_failure)}"
+    return f", attempt {attempt.attempt}; {before}" if attempt.attempt > 1 else ""
+
+
+async def read_history(handle: Handle) -> list[Event]:
+    """Read a workflow's history from the server."""
+    return read_events([event async for event in handle.fetch_history_events()])
+
+
+def read_events(history: Iterable[Any]) -> list[Event]:
+    """Make the server's events plain."""
+    events, names = [], dict[int, str]()
+    for event in history:
+        kind = EventType.Name(event.event_type).removeprefix("EVENT_TYPE_")
+        kind = kind.removeprefix("WORKFLOW_EXECUTION_")
+        a = getattr(event, str(event.WhichOneof("attributes")))
+        ids = [getattr(a, f"{how}_event_id", 0) for how in ("scheduled", "initiated", "started")]
+        begun = next(filter(None, ids), event.event_id)
+        if kind == "ACTIVITY_TASK_SCHEDULED":
+            names[begun] = a.activity_type.name
+        elif kind == "TIMER_STARTED":
+            names[begun] = str(json.loads(event.user_metadata.summary.data or '"timer"'))
+        elif kind == "START_CHILD_WORKFLOW_EXECUTION_INITIATED":
+            names[begun] = a.workflow_id
+        elif kind == "WORKFLOW_TASK_FAILED" and a.new_run_id:
+            kind = "RESET"
+        elif kind == "WORKFLOW_TASK_FAILED" and a.cause == OVERTAKEN:
+            kind = "WORKFLOW_TASK_OVERTAKEN"
+        at, name = event.event_time.ToNanoseconds() / 1e9, names.get(begun, "")
+        pid = getattr(a, "identity", "").partition("@")[0]
+        events.append(Event(kind, at, a, begun, name, f"worker {pid}" if pid else ""))
+    return events
 
 
 async def history(client: Client, options: argparse.Namespace) -> int:
     """Draw an order's life, then tell its history; a worker is named when it takes over."""
     handle, description = await find(client, options.order_id)
-    events = [event async for event in handle.fetch_history_events()]
-    say_lanes(events, handle.id)
-    steps: dict[int, str] = {}
-    told = [(event.event_time.ToDatetime(), tell(event, steps)) for event in events]
-    shown = ""
-    for moment, sentence in sorted(told, key=lambda item: item[0]):
-        takes_up = sentence.endswith("takes the workflow up")
-        if sentence and sentence != shown:
-            say(f"{(moment - told[0][0]).total_seconds():7.2f} s  {sentence}", indent=11)
-        shown = sentence if takes_up else shown
-    for activity in description.raw_description.pending_activities:
-        before = f"; before it: {why(activity.last_failure)}" if activity.attempt > 1 else ""
-        say(f"      now  {activity.activity_type.name}, attempt {activity.attempt}{before}", 11)
+    events = await read_history(handle)
+    await show_lanes(handle)
+    taken_up_by = ""
+    for event in sorted(events, key=lambda event: event.at):
+        if event.kind == "WORKFLOW_TASK_STARTED":
+            if event.worker in ("", taken_up_by):
+                continue
+            taken_up_by = event.worker
+        if event.kind in SENTENCES:
+            sentence = SENTENCES[event.kind](event)
+            say(f"{event.at - events[0].at:7.2f} s  {sentence}", indent=11)
+    # What a workflow that has ended left behind, nobody waits for.
+    running = description.status == RUNNING
+    for activity in description.raw_description.pending_activities if running else ():
+        say(f"      now  {activity.activity_type.name}{again(activity)}", indent=11)
     return 0
 
 
 async def show_lanes(handle: Handle) -> None:
-    """Draw an order's life and its line in the ledger."""
-    say_lanes([event async for event in handle.fetch_history_events()], handle.id)
-
-
-def say_lanes(events: list[Any], order_id: str) -> None:
-    """Print an order's lanes and its effects."""
-    attempts = store.select(
-        "SELECT * FROM events WHERE order_id = ? AND attempt > 0 ORDER BY id", order_id
-    )
-    for line in lanes(events, attempts, time.time()):
+    """Draw an order's life, and print its effects."""
+    rows = store.select("SELECT * FROM events WHERE order_id = ? ORDER BY id", handle.id)
+    bars = find_bars(await read_history(handle), rows, time.time())
+    columns = min(79, shutil.get_terminal_size().columns - 1)
+    for line in lanes(bars, columns):
         print(printable(line))
-    for effect in store.effects_of(order_id):
+    for effect in store.effects_of(handle.id):
         say(store.proof(effect))
     print()
+
+
+# An order's life as lanes: Temporal's, and one for each worker, over time.
+
+LABEL = 15  # columns for a lane's name
+STEPS = [n * unit for unit in (0.001, 0.01, 0.1, 1, 10, 60, 600, 3600, 36000) for n in (1, 2, 5)]
+MARKS = {
+    "X": "its worker died",
+    "x": "failed",
+    "?": "the code failed",
+    "/": "stopped",
+    "!": "message",
+    ">": "goes on",
+    "|": "end",
+    ".": "no server",
+    "~": "time shortened",
+    "-": "ran the code",
+}
+RANK = " -=~.|>!/?xX"  # where two characters meet, the latter is drawn
+DEATHS = {"killed": "X", "stopped": "/"}  # events of who ends workers, with the worker's pid
+
+
+@dataclass
+class Bar:
+    """Something on a lane from one moment to another, with a mark at its end."""
+
+    lane: str
+    begin: float
+    end: float
+    mark: str
+    name: str = ""
+
+
+def find_bars(events: list[Event], rows: list[dict[str, Any]], now: float) -> list[Bar]:
+    """Find what is to be drawn in an order's history and in its events in the ledger."""
+    ended = events[-1].kind in ENDS
+    end = events[-1].at if ended else now
+    rows = [row | {"told": json.loads(row["payload_json"])} for row in rows]
+    rows = [row | {"lane": f"worker {row['told'].get('worker', '?')}"} for row in rows]
+    rows = [row for row in rows if row["attempt"] or row["ts"] <= end]
+    bars = temporal_bars(events, end, "|" if ended else ">") + outages(rows, end)
+    return bars + worker_bars(rows, bars, ended, now)
+
+
+def temporal_bars(events: list[Event], end: float, mark: str) -> list[Bar]:
+    """Make a bar of each timer and child, a mark of each message and each run of the code."""
+    bars: list[Bar] = []
+    waits: dict[int, Bar] = {}  # by the id of the event that began them
+    for event in events:
+        if event.kind == "TIMER_STARTED":
+            waits[event.begun] = Bar("Temporal", event.at, end, mark, event.name)
+        elif event.kind == "START_CHILD_WORKFLOW_EXECUTION_INITIATED":
+            waits[event.begun] = Bar("Temporal", event.at, end, mark, "shipping")
+        elif event.begun in waits and not event.kind.endswith("STARTED"):
+            waits[event.begun].end, waits[event.begun].mark = event.at, "|"
+        elif event.kind in MESSAGES:
+            bars.append(Bar("Temporal", event.at, event.at, "!"))
+        elif event.kind == "WORKFLOW_TASK_COMPLETED" and event.worker:
+            bars.append(Bar(event.worker, event.at, event.at, "-"))
+        elif event.kind == "WORKFLOW_TASK_FAILED" and event.worker:
+            bars.append(Bar(event.worker, event.at, event.at, "?"))
+    return bars + [wait for wait in waits.values() if wait.name != "Deadline"]
+
+
+def outages(rows: list[dict[str, Any]], end: float) -> list[Bar]:
+    """Make a bar of each time without a server; who kills one may leave such events."""
+    bars: list[Bar] = []
+    for row in (row for row in rows if row["type"] == "server"):
+        if row["told"]["state"] == "dead":
+            bars.append(Bar("Temporal", row["ts"], end, "."))
+        elif bars:
+            bars[-1].end = row["ts"]
+    return bars
+
+
+def worker_bars(rows: list[dict[str, Any]], seen: list[Bar], closed: bool, now: float) -> list[Bar]:
+    """Make a bar of each attempt and tell how it ended; `seen` tells when workers lived too."""
+    attempts = [row for row in rows if row["attempt"]]
+    died = {row["lane"]: (row["ts"], DEATHS[row["type"]]) for row in rows if row["type"] in DEATHS}
+    alive = [(bar.lane, bar.begin) for bar in seen] + [(row["lane"], row["ts"]) for row in attempts]
+    bars = [Bar(lane, at, at, mark) for lane, (at, mark) in died.items()]
+    for n, row in enumerate(attempts):
+        lane, begin, ended = row["lane"], row["ts"], row["told"].get("ended", "")
+        end, mark = begin + row["told"].get("seconds", 0), "|"
+        later = [a for a in attempts[n + 1 :] if a["type"] == row["type"]]
+        again = next((a["ts"] for a in later if a["attempt"] > row["attempt"]), 0)
+        # Nothing was seen of its worker since, or since another attempt took over.
+        gone = not any(lane == its and at > (again or begin) for its, at in alive)
+        if ended == "ok":  # and yet tried again, if the answer was lost with its worker
+            mark = "X" if again and gone and lane not in died else "|"
+        elif ended:
+            mark = "/" if ended.startswith("CancelledError") else "x"
+        elif lane in died:
+            end, mark = died[lane]
+        elif not again and (not closed or now - begin < START_TO_CLOSE.total_seconds()):
+            end, mark = now, ">"
+        else:  # nobody saw the end, but another attempt comes after a heartbeat's silence
+            end, mark = max(begin, again - HEARTBEAT.total_seconds()), "X" if gone else "x"
+        bars.append(Bar(lane, begin, end, mark, row["type"].partition("_")[0]))
+    return bars
+
+
+def lanes(bars: list[Bar], columns: int = 79) -> list[str]:
+    """Draw an order's life: the time, the lanes with their bars, and what the marks mean."""
+    if not bars:
+        return ["no worker has taken it up yet"]
+    width = max(20, columns - LABEL)
+    column, shortened, clock = time_scale(bars, width)
+    drawn = {"Temporal": [" "] * width}
+    bars = sorted(bars, key=lambda bar: bar.begin)
+    for bar in bars:
+        lane = drawn.setdefault(bar.lane, [" "] * width)
+        idle = bar.lane == "Temporal" and any(bar.begin <= at < bar.end for at in shortened)
+        fill = "." if bar.mark == "." else "~" if idle else "="
+        begin, end = column(bar.begin), column(bar.end)
+        for at, character in enumerate(fill * (end - begin) + bar.mark, begin):
+            if RANK.index(character) > RANK.index(lane[at]):
+                lane[at] = character
+    seen = set(itertools.chain(*drawn.values()))
+    legend = [f"{mark} {words}" for mark, words in MARKS.items() if mark in seen]
+    # Names where there is room, first of what went wrong, then of what took long.
+    for bar in sorted(bars, key=lambda bar: (bar.mark in "|>", bar.begin - bar.end)):
+        write_name(drawn[bar.lane], bar.name, column(bar.begin), column(bar.end))
+    margin = " " * LABEL
+    lines = [f"{lane[: LABEL - 1]:{LABEL}}{''.join(drawn[lane])}".rstrip() for lane in drawn]
+    words = textwrap.wrap("   ".join(legend), width)
+    return [margin + clock, *lines, *(margin + line for line in words)]
+
+
+def write_name(lane: list[str], name: str, begin: int, end: int) -> None:
+    """Write a bar's name into it, else behind it, else before it, if there is room."""
+    drawn, length = "".join(lane), len(name) + 1
+    inside = max(drawn.find(fill * length, begin, end) for fill in "=~")
+    if name and inside >= 0:
+        lane[inside : inside + length] = f"{name} "
+    elif name and end + length < len(lane) and not drawn[end + 1 : end + length + 3].strip(" -"):
+        lane[end + 1 : end + 1 + length] = f" {name}"
+    elif name and begin >= length and not drawn[max(0, begin - length - 2) : begin].strip(" -"):
+        lane[begin - length : begin] = f"{name} "
+
+
+def time_scale(bars: list[Bar], width: int) -> tuple[Callable[[float], int], list[float], str]:
+    """Lay time out over the columns, idle time shortened where it leaves no room for the rest.
+
+    Returns the column of a moment, the moments at which shortened time begins, and the clock.
+    """
+    moments = sorted({moment for bar in bars for moment in (bar.begin, bar.end)})
+    gaps = list(itertools.pairwise(moments))
+    length = {b: e - b for b, e in gaps}
+    work = [(bar.begin, bar.end) for bar in bars if bar.lane != "Temporal"]
+    idle = [b for b, e in gaps if not any(begin <= b and e <= end for begin, end in work)]
+    # More than 12 s in which nothing is done take no more room than three times what is done.
+    longest = max(1, 3 * sum(length[b] for b in length if b not in idle))
+    shortened = [b for b in idle if length[b] > max(12, longest)]
+    length |= dict.fromkeys(shortened, longest)
+    columns_a_second = (width - 1) / max(0.001, sum(length.values()))
+    place = dict(zip(moments, itertools.accumulate([0.0, *length.values()]), strict=True))
+    jumps = {place[e]: e - moments[0] for b, e in gaps if b in shortened}
+    labels = {0.0: 0.0} | jumps
+    step = next((s for s in STEPS if s * columns_a_second >= 9), STEPS[-1])
+    for b, e in gaps:
+        if b not in shortened:
+            for n in range(ceil((b - moments[0]) / step), floor((e - moments[0]) / step) + 1):
+                labels.setdefault(place[b] + n * step - (b - moments[0]), n * step)
+    clock = ""
+    for at, seconds in sorted(labels.items()):
+        text = f"{round(seconds, 2):g} s" if seconds < 120 else f"{round(seconds / 60, 1):g} min"
+        column, last = round(at * columns_a_second), width - len(text)
+        if at in jumps:  # this one must be told, if need be a little to the left
+            column = min(column, last)
+        if not clock or len(clock) + 2 <= column <= last:
+            clock = clock.ljust(column) + text
+    return lambda moment: round(place[moment] * columns_a_second), shortened, clock
 
 
 # The command line.
@@ -708,7 +768,10 @@ VERBS: dict[str, tuple[Callable[..., Coroutine[Any, Any, int]], str]] = {
     "cancel": (cancel, "cancel; without an id on a terminal: offers the running orders"),
     "update-address": (update_address, "change the address, before shipping begins"),
     "status": (status, "ask the workflow where it stands"),
-    "watch": (watch, "follow the order to its end; exit 1 if it failed"),
+    "watch": (
+        lambda client, options: follow(client, options.order_id),
+        "follow the order to its end; exit 1 if it failed",
+    ),
     "events": (events, "what happened, from the ledger"),
     "history": (history, "what happened, as lanes and from Temporal's history"),
     "list": (list_orders, "the newest orders and charges"),

@@ -72,20 +72,6 @@ Kind = type[ChargeWorkflow | OrderWorkflow]
 # One order or charge.
 
 
-async def run_charge(options: argparse.Namespace) -> int:
-    """Start a ChargeWorkflow. The same request has the same id: it is the same workflow."""
-    raw = order_fields(options)
-    raw["order_id"] = charge_id(raw)
-    return await place(ChargeWorkflow, raw | {"max_attempts": 0}, options.wait_result)
-
-
-async def run_order(options: argparse.Namespace) -> int:
-    """Start an OrderWorkflow."""
-    order_id = made_up_id() if options.order_id is None else options.order_id
-    raw = order_fields(options) | {"order_id": order_id}
-    return await place(OrderWorkflow, raw, options.wait_result)
-
-
 def charge_id(raw: dict[str, Any]) -> str:
     """Name a charge by what is asked for, so that the same request is the same workflow."""
     return f"charge-{raw.get('customer_id', 'customer-123')}-{raw.get('amount_cents', 9999)}"
@@ -96,14 +82,13 @@ def made_up_id() -> str:
     return f"order-{uuid.uuid4().hex[:8]}"
 
 
-def order_fields(options: argparse.Namespace) -> dict[str, Any]:
-    """Collect the fields of the order that were given; the rest have defaults."""
-    given = {name: getattr(options, name, None) for name in RULES}
-    return {name: value for name, value in given.items() if value is not None}
-
-
-async def place(kind: Kind, raw: dict[str, Any], wait: bool) -> int:
+async def place(options: argparse.Namespace) -> int:
     """Start the workflow, or attach to it if it runs already, and follow it if asked to."""
+    raw = {name: value for name, value in vars(options).items() if name in RULES}
+    kind: Kind = ChargeWorkflow if options.command == "charge" else OrderWorkflow
+    if kind is ChargeWorkflow:
+        raw |= {"order_id": charge_id(raw), "max_attempts": 0}
+    raw.setdefault("order_id", made_up_id())
     try:
         order = parse_order(raw, raw["order_id"], charge=kind is ChargeWorkflow)
     except ApplicationError as error:
@@ -127,7 +112,7 @@ async def place(kind: Kind, raw: dict[str, Any], wait: bool) -> int:
             return await signals.follow(
                 client, order.order_id, plain=True, each_time=partial(revive, stage)
             )
-        if wait:
+        if options.wait_result:
             return await signals.follow(client, order.order_id)
         say((await signals.picture(client, handle, await handle.describe()))[0])
         return 0
@@ -163,9 +148,6 @@ async def temporal(quiet: bool) -> AsyncIterator[tuple[Client, Stage | None]]:
         logs = Path(folder) / "workers.log" if quiet else None
         stage = Stage(HERE, int(DEFAULT_ADDRESS.rpartition(":")[2]), logs)
         try:
-            for port in (stage.port + 10, stage.port + 1000):
-                if await is_listening(f"localhost:{port}"):
-                    sys.exit(f"cannot start a Temporal server: another program has port {port}")
             say(f"no server at {DEFAULT_ADDRESS}: starting one, and a worker, while this runs")
             client = await stage.start_server()
             kept = nearby(HERE / "temporal.db")
@@ -1125,6 +1107,22 @@ CROWD: list[tuple[set[str], dict[str, Any], str]] = [
 ]
 
 
+OUTCOMES = """
+SELECT order_id, json_extract(payload_json, '$.state') AS state, max(ts) AS ts
+FROM events WHERE type = 'outcome' GROUP BY order_id
+"""
+ASKED_AGAIN = "SELECT order_id FROM effects WHERE requests > 1"
+CHARGED_TWICE = """
+SELECT order_id FROM charges WHERE status = 'charged' GROUP BY order_id HAVING count(*) > 1
+"""
+# Workers in whose hands a charge or a dispatch is that the provider has done.
+IN_HAND = """
+SELECT json_extract(payload_json, '$.worker') AS worker FROM events JOIN effects USING (order_id)
+WHERE attempt > 0 AND json_extract(payload_json, '$.ended') IS NULL AND events.ts > ?
+AND (type, kind) IN (VALUES ('charge_payment', 'charge'), ('dispatch_carrier', 'dispatch'))
+"""
+
+
 class Crowd:
     """Many orders, drawn from a seed, and the kills that they must survive."""
 
@@ -1136,34 +1134,34 @@ class Crowd:
         # Drawn before anything runs: the same seed gives the same orders, whatever the kills do.
         self.drawn = {f"crowd-{n}": self.random.choice(kinds) for n in range(options.orders)}
         self.placed: dict[str, float] = {}
-        self.workers_killed = self.server_killed = 0
-        self.screen = Screen()
+        self.workers_killed = self.servers_killed = 0
 
-    async def run(self) -> list[str]:
-        """Place the orders, kill between them, wait for all to end; return what went wrong."""
+    async def run(self) -> None:
+        """Place the orders, kill between them, and wait for all to end."""
         for _ in range(2 if self.options.kills else 1):
             self.stage.start_worker()
-        work = asyncio.gather(self.place_all(), self.kill_some())
+        work = [asyncio.create_task(self.place_all()), asyncio.create_task(self.kill_some())]
         # A second an order is ten times what it costs; what is not done then is lost.
         end = time.monotonic() + 120 + 2 * self.options.wait_seconds + self.options.orders
-        while time.monotonic() < end and not (work.done() and self.ended() == len(self.drawn)):
-            self.stage.revive()
-            self.screen.show(self.line())
-            if work.done():
-                work.result()
-            await asyncio.sleep(0.5)
-        self.screen.clear()
+        screen = Screen()
+        try:
+            while time.monotonic() < end and (self.left() or not all(t.done() for t in work)):
+                self.stage.revive()
+                screen.show(self.line())
+                await asyncio.sleep(0.5)
+                for done in filter(asyncio.Task.done, work):
+                    done.result()  # or what went wrong in it
+        finally:
+            for task in work:  # else it would start another server while we end this one
+                task.cancel()
+        screen.clear()
         say(self.line())
-        ends = endings()
-        lost = [f"{order_id}: lost" for order_id in self.drawn if order_id not in ends]
-        odd = [f"{id_}: {end}" for id_, (end, _) in ends.items() if end not in self.drawn[id_][0]]
-        return lost + odd + store.audit()[1]
 
     async def place_all(self) -> None:
         """Place the orders, not too many in flight, spread over the kills, as people would."""
         pause, treating = 1.5 * self.options.kills / self.options.orders, []
         for order_id, (_, fields, signal_name) in self.drawn.items():
-            while not self.options.wait_seconds and len(self.placed) - self.ended() >= IN_FLIGHT:
+            while not self.options.wait_seconds and self.left() >= IN_FLIGHT:
                 await asyncio.sleep(0.05)
             self.placed[order_id] = time.time()
             # When 10,000 wake, an order may have its next turn only minutes later: not its fault.
@@ -1189,66 +1187,33 @@ class Crowd:
         """Kill a worker now and then, every other one in a charge or a dispatch; the server too."""
         for kill in range(self.options.kills):
             await asyncio.sleep(self.random.uniform(0.5, 2.5))
-            living = [worker for worker in self.stage.workers if worker.poll() is None]
-            victim = self.random.choice(living or self.stage.workers)
+            self.stage.revive()  # only who lives can be killed
+            busy: list[subprocess.Popen[bytes]] = []
             for _ in range(30 if kill % 2 == 0 else 0):
-                if busy := [w for w in living if w.pid in in_flight()]:
-                    victim = busy[0]
+                rows = store.select(IN_HAND, time.time() - SLOW_SECONDS)
+                hands = {row["worker"] for row in rows}
+                if busy := [worker for worker in self.stage.workers if worker.pid in hands]:
                     break
                 await asyncio.sleep(0.1)
-            if victim in self.stage.workers:
-                self.stage.kill_worker(victim)
-                self.stage.start_worker()
-                self.workers_killed += 1
+            self.stage.kill_worker(self.random.choice(busy or self.stage.workers))
+            self.stage.start_worker()
+            self.workers_killed += 1
             if kill % 5 == 4:
                 await self.stage.kill_server()
                 await self.stage.start_server()
-                self.server_killed += 1
+                self.servers_killed += 1
 
-    def ended(self) -> int:
-        """Count the orders that have an outcome."""
-        rows = store.select(
-            "SELECT count(DISTINCT order_id) AS n FROM events WHERE type = 'outcome'"
-        )
-        return int(rows[0]["n"])
+    def left(self) -> int:
+        """Count the orders that were placed and have no outcome."""
+        return len(self.placed) - len(store.select(OUTCOMES))
 
     def line(self) -> str:
         """Tell how it goes."""
-        told = f"orders {self.ended()}/{len(self.drawn)}"
+        told = f"orders {len(store.select(OUTCOMES))}/{len(self.drawn)}"
         if self.options.kills:
-            told += f" · killed {self.workers_killed} workers, {self.server_killed} servers"
-        return f"{told} · asked more than once {asked_again()} · charged twice {charged_twice()}"
-
-
-def in_flight() -> set[int]:
-    """Find the workers in whose hands a charge or a dispatch is that the provider has done."""
-    query = (
-        "SELECT payload_json FROM events JOIN effects USING (order_id) WHERE attempt > 0"
-        " AND json_extract(payload_json, '$.ended') IS NULL AND events.ts > ?"
-        " AND (type, kind) IN"
-        " (VALUES ('charge_payment', 'charge'), ('dispatch_carrier', 'dispatch'))"
-    )
-    rows = store.select(query, time.time() - SLOW_SECONDS)
-    return {json.loads(row["payload_json"])["worker"] for row in rows}
-
-
-def asked_again() -> int:
-    """Count the effects for which a provider was asked more than once."""
-    return int(store.select("SELECT count(*) AS n FROM effects WHERE requests > 1")[0]["n"])
-
-
-def charged_twice() -> int:
-    """Count the orders with more than one charge in force."""
-    charged = "SELECT order_id FROM charges WHERE status = 'charged' GROUP BY order_id"
-    return len(store.select(f"{charged} HAVING count(*) > 1"))
-
-
-def endings() -> dict[str, tuple[str, float]]:
-    """Read how and when the orders ended: {order id: (state, Unix time)}."""
-    outcomes = store.select("SELECT * FROM events WHERE type = 'outcome' ORDER BY id")
-    return {
-        row["order_id"]: (json.loads(row["payload_json"])["state"], row["ts"]) for row in outcomes
-    }
+            told += f" · killed {self.workers_killed} workers, {self.servers_killed} servers"
+        asked, twice = len(store.select(ASKED_AGAIN)), len(store.select(CHARGED_TWICE))
+        return f"{told} · asked more than once {asked} · charged twice {twice}"
 
 
 async def run_crowd(options: argparse.Namespace) -> int:
@@ -1256,39 +1221,44 @@ async def run_crowd(options: argparse.Namespace) -> int:
     began = time.monotonic()
     async with private_stage() as stage:
         crowd = Crowd(stage, options)
-        wrong = await crowd.run()
-        seconds, ends = time.monotonic() - began, endings()
-        for worker in list(stage.workers):
-            stage.kill_worker(worker)
-        worker_cpu, memory = children_used()
-        await stage.kill_server()
-        server_cpu = children_used()[0] - worker_cpu
-        told = ", ".join(
-            f"{end} {n}" for end, n in sorted(Counter(e for e, _ in ends.values()).items())
-        )
+        await crowd.run()
+        seconds, ends = time.monotonic() - began, store.select(OUTCOMES)
+        states = {row["order_id"]: row["state"] for row in ends}
+        told = ", ".join(f"{state} {n}" for state, n in sorted(Counter(states.values()).items()))
         say(f"{seconds:.1f} s, {options.orders / seconds:.1f} orders/s; {told}")
         if not options.kills and ends:
-            took = sorted(ts - crowd.placed[id_] for id_, (_, ts) in ends.items())
+            took = sorted(row["ts"] - crowd.placed[row["order_id"]] for row in ends)
             say(f"median {median(took):.2f} s, 99th percentile {took[len(took) * 99 // 100]:.2f} s")
-            each = 1000 / options.orders
-            say(f"CPU ms per order: worker {worker_cpu * each:.0f}, server {server_cpu * each:.0f}")
-            say(f"worker memory {memory:.0f} MB at most")
+            await say_costs(stage, options.orders)
+        wrong = store.audit()[1]
+        for order_id, (may_end, _, _) in crowd.drawn.items():
+            if (end := states.get(order_id, "lost")) not in may_end:
+                wrong.append(f"{order_id}: {end}")
         for line in wrong:
             print(printable(line), file=sys.stderr)
-        shown = asked_again() or not options.kills
-        good = "held: no order lost, none charged twice, audit clean"
-        nothing = "not shown: no provider was asked more than once"
-        say("NOT HELD" if wrong else good if shown else nothing)
-    return 0 if shown and not wrong else 1
+        verdict = "held: no order lost, none charged twice, audit clean"
+        if options.kills and not store.select(ASKED_AGAIN):
+            verdict = "not shown: no provider was asked more than once"
+        if wrong:
+            verdict = "NOT HELD"
+        say(verdict)
+    return 0 if verdict.startswith("held") else 1
 
 
-def children_used() -> tuple[float, float]:
-    """Return what our ended processes used: CPU seconds, and the memory of the largest in MB."""
+async def say_costs(stage: Stage, orders: int) -> None:
+    """End the worker, then the server, and say what each has used."""
     if sys.platform == "win32":
-        return float("nan"), float("nan")
+        return  # nobody measures it there
+    for worker in list(stage.workers):
+        stage.kill_worker(worker)
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    unit = 1e6 if sys.platform == "darwin" else 1e3
-    return used.ru_utime + used.ru_stime, used.ru_maxrss / unit
+    await stage.kill_server()
+    total = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = used.ru_utime + used.ru_stime
+    rest = total.ru_utime + total.ru_stime - cpu
+    each, unit = 1000 / orders, 1e6 if sys.platform == "darwin" else 1e3
+    say(f"CPU ms per order: worker {cpu * each:.0f}, server {rest * each:.0f}")
+    say(f"worker memory {used.ru_maxrss / unit:.0f} MB at most")
 
 
 # The command line.
@@ -1302,20 +1272,13 @@ def cents(text: str) -> int:
     return int(whole) * 100 + int(part.ljust(2, "0"))
 
 
-def ruled(name: str, convert: Callable[[str], Any] = str) -> Callable[[str], Any]:
-    """Make a reader for a field of the order that keeps its rule."""
-
-    def read(text: str) -> Any:
-        valid, rule = RULES[name]
-        try:
-            value = convert(text)
-        except ValueError:
-            value = None
-        if not valid(value):
-            raise argparse.ArgumentTypeError(rule)
-        return value
-
-    return read
+def field(name: str, convert: Callable[[str], Any], text: str) -> Any:
+    """Read a field of the order that keeps its rule."""
+    valid, rule = RULES[name]
+    with suppress(ValueError):
+        if valid(value := convert(text)):
+            return value
+    raise argparse.ArgumentTypeError(rule)
 
 
 def given(text: str) -> str:
@@ -1326,9 +1289,9 @@ def given(text: str) -> str:
 
 
 PROMPTS: dict[str, tuple[str, str, Callable[[str], Any]]] = {
-    "customer_id": ("Customer ID", "customer-123", ruled("customer_id")),
-    "amount_cents": ("Amount", "99.99", ruled("amount_cents", cents)),
-    "wait_seconds": ("Wait seconds", "10", ruled("wait_seconds", float)),
+    "customer_id": ("Customer ID", "customer-123", partial(field, "customer_id", str)),
+    "amount_cents": ("Amount", "99.99", partial(field, "amount_cents", cents)),
+    "wait_seconds": ("Wait seconds", "10", partial(field, "wait_seconds", float)),
 }
 
 
@@ -1344,14 +1307,16 @@ def add_orders(commands: Any) -> None:
     """Add the commands that place one order; their options are its fields."""
     faults = "\n".join(f"  {name:13} {meaning}" for name, meaning in FAULTS.items())
     steps = textwrap.fill(f"STEP is one of {', '.join(STEPS)}.", 79)
-    shape = {
+    shape: dict[str, Any] = {
         "epilog": f"{steps} FAULT is one of\n{faults}",
         "formatter_class": argparse.RawDescriptionHelpFormatter,
+        "argument_default": argparse.SUPPRESS,  # a field that is not given has its own default
     }
     charge = commands.add_parser("charge", help="wait, then charge: lesson one", **shape)
     order = commands.add_parser("order", help="place an order", **shape)
     order.add_argument("order_id", nargs="?", help="made up if missing")
     for sub in (charge, order):
+        sub.set_defaults(run=place, wait_result=False)
         sub.add_argument("--customer-id", help="default customer-123")
         sub.add_argument("--amount", dest="amount_cents", type=cents, help="default 99.99")
         sub.add_argument("--wait", dest="wait_seconds", type=float, help="seconds; default 0")
@@ -1367,47 +1332,55 @@ def add_orders(commands: Any) -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Read the command line."""
+    """Read the command line; `run` is what to do."""
     parser = Parser(description="Place orders, and crash things on purpose.")
+    parser.set_defaults(run=run_prompts)
     commands = parser.add_subparsers(dest="command", title="commands (without one: the exercises)")
     add_orders(commands)
     crash = commands.add_parser("crash", help="the exercises, played by the machine")
     named = f"default all: {', '.join(NAMES)}; or a number from 0"
     crash.add_argument("names", nargs="*", type=chosen, metavar="NAME", help=named)
+    crash.set_defaults(run=run_crash)
     chaos = commands.add_parser("chaos", help="a crowd of orders under kills")
     chaos.add_argument("--orders", type=signals.positive, default=60, help="default 60")
     chaos.add_argument("--kills", type=signals.positive, default=10, help="of workers; default 10")
     chaos.add_argument("--seed", type=int, default=1, help="of what is drawn; default 1")
-    chaos.set_defaults(wait_seconds=0)
+    chaos.set_defaults(run=run_crowd, wait_seconds=0)
     load = commands.add_parser("load", help="a crowd of orders, and what each costs")
     load.add_argument("--orders", type=signals.positive, default=200, help="default 200")
-    seconds = ruled("wait_seconds", float)
-    load.add_argument(
-        "--wait", dest="wait_seconds", type=seconds, default=0, help="seconds they sleep first"
-    )
-    load.set_defaults(kills=0, seed=1)
+    wait, text = partial(field, "wait_seconds", float), "seconds they sleep first"
+    load.add_argument("--wait", dest="wait_seconds", type=wait, default=0, help=text)
+    load.set_defaults(run=run_crowd, kills=0, seed=1)
     options: argparse.Namespace = parser.parse_args()
-    if getattr(options, "simulate", None):
+    if "simulate" in options:
         options.simulate = dict(options.simulate)
     return options
 
 
+async def stoppable(work: Awaitable[int], stopped_by: list[int]) -> int:
+    """Work; Ctrl+C, a plain kill and the end of the terminal cancel that, so that it cleans up."""
+    task, loop = asyncio.current_task(), asyncio.get_running_loop()
+
+    def stop(number: int, _: Any) -> None:
+        stopped_by.append(number)
+        if task and not task.done():
+            task.cancel()
+            loop.call_soon_threadsafe(lambda: None)  # wakes the loop
+
+    # Not asyncio's own handler: at a second Ctrl+C that one breaks off the cleaning up.
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), stop)
+    return await work
+
+
 def main() -> int:
     """Run one command."""
-    options = parse_arguments()
-    # A plain kill, or the end of the terminal, should clean up after us like Ctrl+C.
-    for name in ("SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), lambda number, _: sys.exit(128 + number))
-    commands = {
-        "charge": run_charge,
-        "order": run_order,
-        "crash": run_crash,
-        "chaos": run_crowd,
-        "load": run_crowd,
-        None: run_prompts,
-    }
-    return asyncio.run(commands[options.command](options))
+    options, stopped_by = parse_arguments(), list[int]()
+    try:
+        return asyncio.run(stoppable(options.run(options), stopped_by))
+    except asyncio.CancelledError:
+        return 128 + stopped_by[0]
 
 
 if __name__ == "__main__":

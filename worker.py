@@ -21,13 +21,13 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager, suppress
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any, NoReturn
+from tempfile import TemporaryDirectory, TemporaryFile
+from typing import IO, Any, NoReturn
 
 from temporalio.api.common.v1 import Payload
 from temporalio.client import Client
@@ -49,11 +49,6 @@ from workflows import (
     ShippingWorkflow,
 )
 
-HERE = Path(__file__).parent
-DEFAULT_ADDRESS = "localhost:7233"
-# What calls end with while the server is down, dies or starts.
-SERVER_DOWN = (RPCStatusCode.UNAVAILABLE, RPCStatusCode.UNKNOWN)
-
 # The numbers for the worker, each with what Temporal's default would do to a person who watches.
 # STICKY: a killed worker's orders are kept for it so long; 10 s: a hang. With 0.3 s a busy machine
 # ran into it without a death, and a query in between led the SDK astray: such an order's history no
@@ -63,42 +58,14 @@ BEAT = timedelta(seconds=0.4)  # a sign of life is passed on so often; 0.8 s: ne
 POLLS = 40  # tasks fetched at once; 5: a busy worker fetches late and replays, 8 % more CPU
 CACHED = 230  # orders in memory, and as many children, 0.15 MB a pair; 1000: more than 200 MB
 THREADS = 32  # activities at once; most of them wait, for the ledger
-# A server's: WAL makes one that keeps its data in a file as fast as one in memory, and it survives
-# kill -9 as well. Then: timers and retries under 1 s take no longer than they say, and a workflow
-# that has had its bug mended goes on within a second instead of up to half a minute.
-SERVER_FLAGS = [
-    *("--sqlite-pragma", "journal_mode=wal", "--sqlite-pragma", "synchronous=normal"),
-    *("--dynamic-config-value", 'history.timerProcessorMaxTimeShift="10ms"'),
-    *("--dynamic-config-value", 'history.workflowTaskRetryMaxInterval="1s"'),
-]
 
 
-class TolerantConverter(DefaultPayloadConverter):
-    """Hands over an input that does not decode as the error that it gave: parse_order refuses it.
-
-    Raised here it would fail not the order but its workflow task, which is retried for ever.
-    """
-
-    def from_payloads(
-        self, payloads: Sequence[Payload], type_hints: list[type] | None = None
-    ) -> list[Any]:
-        """Decode payloads as usual."""
-        try:
-            return super().from_payloads(payloads, type_hints)
-        except Exception as error:
-            return [error]
-
-
-DATA_CONVERTER = DataConverter(payload_converter_class=TolerantConverter)
-
-
-def make_workers(client: Client, role: str = "all", **options: Any) -> list[Worker]:
+def make_workers(client: Client, role: str) -> list[Worker]:
     """Make the worker of each task queue that the role serves."""
     served: dict[str, tuple[list[Any], list[Any]]] = {
         ORDERS_QUEUE: ([ChargeWorkflow, OrderWorkflow], ORDER_STEPS),
         SHIPPING_QUEUE: ([ShippingWorkflow], SHIPPING_STEPS),
     }
-    options.setdefault("max_cached_workflows", CACHED)
     return [
         Worker(
             client,
@@ -110,8 +77,8 @@ def make_workers(client: Client, role: str = "all", **options: Any) -> list[Work
             max_concurrent_activities=THREADS,
             max_heartbeat_throttle_interval=BEAT,
             workflow_task_poller_behavior=PollerBehaviorSimpleMaximum(POLLS),
+            max_cached_workflows=CACHED,
             sticky_queue_schedule_to_start_timeout=STICKY,
-            **options,
         )
         for queue, (workflows, activities) in served.items()
         if role in ("all", queue.removesuffix("-tq"))
@@ -137,6 +104,30 @@ async def serve(role: str) -> None:
 
 
 # Connecting.
+
+HERE = Path(__file__).parent
+DEFAULT_ADDRESS = "localhost:7233"
+# What calls end with while the server is down, dies or starts.
+SERVER_DOWN = (RPCStatusCode.UNAVAILABLE, RPCStatusCode.UNKNOWN)
+
+
+class TolerantConverter(DefaultPayloadConverter):
+    """Hands over an input that does not decode as the error that it gave: parse_order refuses it.
+
+    Raised here it would fail not the order but its workflow task, which is retried for ever.
+    """
+
+    def from_payloads(
+        self, payloads: Sequence[Payload], type_hints: list[type] | None = None
+    ) -> list[Any]:
+        """Decode payloads as usual."""
+        try:
+            return super().from_payloads(payloads, type_hints)
+        except Exception as error:
+            return [error]
+
+
+DATA_CONVERTER = DataConverter(payload_converter_class=TolerantConverter)
 
 
 def client_config() -> dict[str, Any]:
@@ -199,6 +190,15 @@ def web_ui(address: str) -> str:
 
 # Servers and workers of our own.
 
+# A server's: WAL makes one that keeps its data in a file as fast as one in memory, and it survives
+# kill -9 as well. Then: timers and retries under 1 s take no longer than they say, and a workflow
+# that has had its bug mended goes on within a second instead of up to half a minute.
+SERVER_FLAGS = [
+    *("--sqlite-pragma", "journal_mode=wal", "--sqlite-pragma", "synchronous=normal"),
+    *("--dynamic-config-value", 'history.timerProcessorMaxTimeShift="10ms"'),
+    *("--dynamic-config-value", 'history.workflowTaskRetryMaxInterval="1s"'),
+]
+
 
 class Stage:
     """A Temporal server and workers of our own: start, kill and revive them."""
@@ -207,49 +207,62 @@ class Stage:
         """Keep the server's data in the folder; the workers write to `logs`, or to the screen."""
         self.folder, self.port, self.logs = folder, port, logs
         self.address = f"127.0.0.1:{port}"
-        self.server: WorkflowEnvironment | None = None
+        self.server: subprocess.Popen[bytes] | WorkflowEnvironment | None = None
         self.client: Client
         self.workers: list[subprocess.Popen[bytes]] = []
         self.failed = 0
 
+    def server_flags(self) -> list[str]:
+        """List the server's flags; the HTTP API stands 10 ports higher, as 7243 does."""
+        ports = ["--http-port", str(self.port + 10), "--ui-port", str(self.port + 1000)]
+        data = ["--db-filename", str(self.folder / "temporal.db")]
+        quiet = ["--log-level", "never", "--output", "none"]
+        return ["--port", str(self.port), *ports, *data, *quiet, *SERVER_FLAGS]
+
     async def start_server(self) -> Client:
         """Start the server, or start it again on the same file, and return a client."""
-        # The HTTP API stands 10 ports higher, as 7243 does; no banner among our own lines.
-        more = ["--http-port", str(self.port + 10), "--output", "none", *SERVER_FLAGS]
-        try:
+        if binary := temporal_binary():
+            words = [binary, "server", "start-dev", *self.server_flags()]
+            with TemporaryFile() as errors:  # a pipe that nobody reads could fill up and hold it
+                self.server = start_apart(words, stdout=subprocess.DEVNULL, stderr=errors)
+                self.client = await self._first_client(self.server, errors)
+        else:  # as on Windows: the SDK downloads one
+            flags = self.server_flags()
             self.server = await WorkflowEnvironment.start_local(
-                port=self.port,
-                ui=True,
-                ui_port=self.port + 1000,
-                # Without a binary, as on Windows, the SDK downloads one.
-                dev_server_existing_path=temporal_binary(),
-                dev_server_database_filename=str(self.folder / "temporal.db"),
-                dev_server_log_level="never",
-                dev_server_extra_args=more,
+                port=self.port, ui=True, dev_server_extra_args=flags
             )
-        except RuntimeError as error:
-            sys.exit(f"cannot start a Temporal server: {error}")
-        self.client = self.server.client
+            self.client = self.server.client
         return self.client
 
+    async def _first_client(self, server: subprocess.Popen[bytes], errors: IO[bytes]) -> Client:
+        """Connect as soon as the server listens."""
+        while server.poll() is None:
+            with suppress(RuntimeError):
+                return await Client.connect(self.address)
+            await asyncio.sleep(0.02)
+        self.server = None
+        errors.seek(0)
+        why = errors.read().decode(errors="replace")
+        sys.exit(f"cannot start a Temporal server: {' '.join(why.split())}")
+
     async def kill_server(self) -> None:
-        """Kill the server at once: the SDK shuts its servers down with SIGKILL."""
-        if self.server:
+        """Kill the server at once, as kill -9 does."""
+        if isinstance(self.server, WorkflowEnvironment):
             await self.server.shutdown()
-            self.server = None
+        elif self.server:
+            self.server.kill()
+            self.server.wait()
+        self.server = None
 
     def start_worker(self, role: str = "all", code: Path = HERE) -> subprocess.Popen[bytes]:
         """Start a worker process, from our scripts or from a changed copy of them."""
         kept = {name: v for name, v in os.environ.items() if not name.startswith("TEMPORAL_")}
         with open(self.logs or os.devnull, "ab") as log:
-            worker = subprocess.Popen(
+            worker = start_apart(
                 [sys.executable, str(code / "worker.py"), role],
                 env=kept | {"TEMPORAL_ADDRESS": self.address},
-                stdin=subprocess.DEVNULL,
                 stdout=log if self.logs else None,
                 stderr=log if self.logs else None,
-                # Ctrl+C in our terminal is for us, who then end our workers.
-                start_new_session=True,
             )
         self.workers.append(worker)
         return worker
@@ -269,7 +282,7 @@ class Stage:
             # can never start, which we do not repeat for ever.
             self.failed += worker.returncode == 1
             if self.failed > 20:
-                sys.exit(f"workers end with exit code {worker.returncode}: {self.logs or ''}")
+                sys.exit(f"workers end with exit code 1: {self.logs or ''}")
             self.start_worker(code=code)
         return [worker.pid for worker in dead]
 
@@ -282,6 +295,11 @@ class Stage:
         for worker in list(self.workers):
             self.kill_worker(worker)
         await self.kill_server()
+
+
+def start_apart(words: list[str], **options: Any) -> subprocess.Popen[bytes]:
+    """Start a process that Ctrl+C in our terminal does not reach: it is for us, who then end it."""
+    return subprocess.Popen(words, stdin=subprocess.DEVNULL, start_new_session=True, **options)
 
 
 def temporal_binary() -> str | None:
@@ -306,14 +324,17 @@ def free_port() -> int:
 @asynccontextmanager
 async def private_stage() -> AsyncIterator[Stage]:
     """Set a stage in a temporary folder, with a ledger of its own; leave nothing behind."""
+    ledger = os.environ.get("CHARGE_STORE", "")
     with TemporaryDirectory(prefix="orders-", ignore_cleanup_errors=True) as folder:
         stage = Stage(Path(folder), free_port(), Path(folder) / "workers.log")
-        with ledger(stage.folder / "charge_store.db"):
-            try:
-                await stage.start_server()
-                yield stage
-            finally:
-                await stage.close()
+        os.environ["CHARGE_STORE"] = str(stage.folder / "charge_store.db")
+        try:
+            await stage.start_server()
+            yield stage
+        finally:
+            await stage.close()
+            store.close()
+            os.environ["CHARGE_STORE"] = ledger
 
 
 def changed_copy(folder: Path, file: str, text: str, instead: str) -> Path:
@@ -340,32 +361,17 @@ def is_process(pid: int) -> bool:
     return True
 
 
-@contextmanager
-def ledger(path: Path) -> Iterator[None]:
-    """Use another ledger for a while, in this process and in the workers it starts."""
-    before = os.environ.get("CHARGE_STORE", "")
-    os.environ["CHARGE_STORE"] = str(path)
-    try:
-        yield
-    finally:
-        store.close()
-        os.environ["CHARGE_STORE"] = before
-
-
 async def run_server() -> int:
     """Be the Temporal server, on the default port, with its data in temporal.db."""
-    port = int(DEFAULT_ADDRESS.rpartition(":")[2])
+    stage = Stage(HERE, int(DEFAULT_ADDRESS.rpartition(":")[2]))
     if await is_listening(DEFAULT_ADDRESS):
-        sys.exit(f"port {port} is taken: a Temporal server, or another program, runs there already")
+        taken = f"port {stage.port} is taken"
+        sys.exit(f"{taken}: a Temporal server, or another program, runs there already")
     say(f"server {os.getpid()} at {DEFAULT_ADDRESS}, Web UI: {web_ui(DEFAULT_ADDRESS)}")
     say(f"data: {nearby(HERE / 'temporal.db')}  kill it: {kill_command(os.getpid())}")
     if (binary := temporal_binary()) and sys.platform != "win32":
-        ports = [*("--port", port), *("--http-port", port + 10), *("--ui-port", port + 1000)]
-        data = ["--db-filename", HERE / "temporal.db", "--log-level", "never", "--output", "none"]
         # In our place: the pid above is the server's own.
-        words = [binary, "server", "start-dev", *ports, *data, *SERVER_FLAGS]
-        os.execv(binary, [str(word) for word in words])
-    stage = Stage(HERE, port)
+        os.execv(binary, [binary, "server", "start-dev", *stage.server_flags()])
     await stage.start_server()
     await asyncio.Event().wait()
     return 0
@@ -383,9 +389,8 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse, but not what a terminal sent that is no text in its encoding."""
-        for text in sys.argv[1:]:
-            if any("\ud800" <= character <= "\udfff" for character in text):
-                self.error(f"{text}: not valid text")
+        if any("\ud800" <= character <= "\udfff" for character in " ".join(sys.argv[1:])):
+            self.error("an argument is not valid text")
         return super().parse_args(args, namespace)
 
 
@@ -416,13 +421,12 @@ def run_script(main: Callable[[], int]) -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
-        try:
-            be_quiet()
-            sys.exit(main())
-        except SystemExit as stop:  # its text may hold what came from outside
-            if not isinstance(stop.code, str):
-                raise
-            sys.exit(printable(stop.code))
+        be_quiet()
+        sys.exit(main())
+    except SystemExit as stop:
+        if isinstance(stop.code, str):  # it may hold what came from outside
+            stop.code = printable(stop.code)
+        raise
     except KeyboardInterrupt:
         sys.exit(130)  # what a shell reports after Ctrl+C
     except BrokenPipeError:  # the reader, `head` say, has seen enough
@@ -435,38 +439,29 @@ def run_script(main: Callable[[], int]) -> None:
         sys.exit(f"cannot go on: {error}")
 
 
-def parse_arguments() -> argparse.Namespace:
-    """Read the command line, and LOG_LEVEL into `level`."""
+def main() -> int:
+    """Run a worker, or a server."""
     parser = Parser(description="Run a worker until Ctrl+C. LOG_LEVEL sets how much it says.")
     roles = ["all", "orders", "shipping", "server"]
     text = "which task queues to serve; or server: be the Temporal server"
     parser.add_argument("role", nargs="?", choices=roles, default="all", help=text)
-    options: argparse.Namespace = parser.parse_args()
-    options.level = os.environ.get("LOG_LEVEL", "INFO").upper()
-    if options.level not in logging.getLevelNamesMapping():
-        parser.error(f"LOG_LEVEL {options.level}: must be DEBUG, INFO, WARNING or ERROR")
-    return options
-
-
-def main() -> int:
-    """Run a worker, or a server."""
-    options = parse_arguments()
-    if options.role == "server":
+    role = parser.parse_args().role
+    if role == "server":
         return asyncio.run(run_server())
-    logging.basicConfig(
-        stream=sys.stdout,
-        level=options.level,
-        format="%(asctime)s %(message)s",
-        datefmt="%H:%M:%S",
-    )
+    level = os.environ.get("LOG_LEVEL", "INFO").upper()
+    form = "%(asctime)s %(message)s"
+    try:
+        logging.basicConfig(stream=sys.stdout, level=level, format=form, datefmt="%H:%M:%S")
+    except ValueError:
+        parser.error(f"LOG_LEVEL {level}: must be DEBUG, INFO, WARNING or ERROR")
     # Failed attempts have a line of ours, to which the SDK would add a traceback each; what it
     # says about the workflow's code is kept.
     logging.getLogger("temporalio").setLevel(logging.WARNING)
-    logging.raiseExceptions = False  # whoever reads our lines, `head` say, may have seen enough
     logging.getLogger("temporalio.activity").setLevel(logging.ERROR)
+    logging.raiseExceptions = False  # whoever reads our lines, `head` say, may have seen enough
     store.count("", "")  # a ledger that cannot be written ends the worker here, not each attempt
     try:
-        asyncio.run(serve(options.role))
+        asyncio.run(serve(role))
     except KeyboardInterrupt:
         say(f"worker {os.getpid()} stopped")
     except RuntimeError as error:

@@ -25,10 +25,12 @@ from temporalio.exceptions import (
 )
 
 # Workflow code runs in a sandbox, which loads modules anew for each run; these need it not.
+# `step.charge_payment`, say, is the activity of that name.
 with workflow.unsafe.imports_passed_through():
     import activities as step
     from activities import RULES, Order, parse_order
 
+Activity = Callable[..., Any]
 ORDERS_QUEUE, SHIPPING_QUEUE = "orders-tq", "shipping-tq"
 SHIPPING_TRIES = 3
 NOTE_LENGTH = 500
@@ -50,7 +52,7 @@ RETRY = RetryPolicy(
 )
 
 
-async def run_activity(activity: Callable[..., Any], max_attempts: int, *arguments: Any) -> Any:
+async def run_activity(activity: Activity, max_attempts: int, *arguments: Any) -> Any:
     """Run an activity until it has an answer or its attempts (0: no limit) are used up."""
     return await workflow.execute_activity(
         activity,
@@ -107,7 +109,7 @@ class OrderWorkflow:
         self._decision: str | None = None
         self._decision_note = ""
         self._shipping_attempts = 0
-        self._undos: list[Callable[..., Any]] = []
+        self._undos: list[Activity] = []
         self._seconds_left = self._order.deadline_seconds
         self._due = inf  # when the deadline is; never, while the time does not count
         self._story: asyncio.Task[Any] | None = None
@@ -148,14 +150,12 @@ class OrderWorkflow:
 
     # What the story is made of.
 
-    async def _do(
-        self, activity: Callable[..., Any], state: str, undo: Callable[..., Any] | None = None
-    ) -> None:
+    async def _do(self, activity: Activity, state: str, undo: Activity | None = None) -> None:
         """Do a step."""
         self._enter(state, undo)
         await run_activity(activity, self._order.max_attempts, self._order)
 
-    def _enter(self, state: str, undo: Callable[..., Any] | None = None) -> None:
+    def _enter(self, state: str, undo: Activity | None = None) -> None:
         """Go on to the next part of the story, or raise what shall end it.
 
         Without this look, a cancel that comes in the same moment as a step's answer would be lost:
@@ -230,7 +230,7 @@ class OrderWorkflow:
         if self._decision == "rejected":
             raise Ended("REJECTED")
 
-    async def _ship(self, undo: Callable[..., Any]) -> None:
+    async def _ship(self, undo: Activity) -> None:
         """Ship through a child workflow on its own task queue; three tries in all.
 
         A child, because another team's workers ship, which may be down while these take orders.
@@ -310,7 +310,7 @@ class OrderWorkflow:
             raise failure
         return state
 
-    async def _compensate(self, undos: list[Callable[..., Any]]) -> bool:
+    async def _compensate(self, undos: list[Activity]) -> bool:
         """Undo, last first, each until done; return False if the package has left: then nothing."""
         for undo in reversed(undos):
             left = await run_activity(undo, 0, self._order) == "dispatched"
