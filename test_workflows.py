@@ -1671,8 +1671,9 @@ def test_who_leaves_at_any_moment_leaves_nothing_behind(stage: Stage) -> None:
         assert str(folder) not in processes.stdout and not any(folder.iterdir())
 
 
-def test_the_server_command_is_the_server_and_keeps_its_data(tmp_path: Path) -> None:
-    copy = apart(tmp_path)
+@side_by_side
+def test_the_server_command_is_the_server_and_keeps_its_data(stage: Stage) -> None:
+    copy = apart(stage.folder)
     pipes: dict[str, Any] = {"cwd": copy, "stdout": subprocess.PIPE, "text": True}
     address = re.findall(r"localhost:\d+", (copy / "worker.py").read_text())[0]
     port, words = int(address.partition(":")[2]), [sys.executable, "worker.py", "server"]
@@ -2025,7 +2026,8 @@ def test_a_second_worker_that_nobody_thought_of_is_named(one_worker: Stage) -> N
     assert terminal.close() == 1
 
 
-def test_a_crowd_in_which_nobody_was_asked_twice_shows_nothing() -> None:
+@side_by_side
+def test_a_crowd_in_which_nobody_was_asked_twice_shows_nothing(_: Stage) -> None:
     """Seed 7 draws one order, which is rejected: no provider is asked for its money."""
     done = run("starter.py", "chaos", "--orders", "1", "--kills", "1", "--seed", "7")
     assert (done.returncode, done.stderr) == (1, "")
