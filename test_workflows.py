@@ -1312,8 +1312,9 @@ async def test_an_order_outlives_the_messages_that_come_while_no_worker_lives(st
     await flood(rejected, "reject", times=2099, kinds=MIX)
     wing.start_worker()
     # On two cores that do nothing else this takes a few seconds; 60 is what we promise.
-    check_flood(await gather(approved), "approved", 600)
-    check_flood(await gather(rejected), "rejected", 2100)
+    async with asyncio.timeout(2 * LONG):
+        check_flood(await gather(approved), "approved", 600)
+        check_flood(await gather(rejected), "rejected", 2100)
 
 
 @side_by_side
