@@ -20,7 +20,7 @@ import threading
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS effects (
@@ -264,15 +264,22 @@ def printable(text: object) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
 
 
+def fit(text: object, stream: TextIO, indent: int = 0) -> str:
+    """Escape a line; for a terminal break it at words, but leave the command at its end whole."""
+    line, columns = printable(text), shutil.get_terminal_size().columns
+    if not stream or not stream.isatty() or len(line) < columns:
+        return line
+    wrapper = textwrap.TextWrapper(columns - 1, subsequent_indent=" " * indent)
+    wrapper.break_long_words = wrapper.break_on_hyphens = False
+    words, _, typed = line.rpartition(": ")
+    if ".py" not in typed:
+        return wrapper.fill(line)
+    return f"{wrapper.fill(words)}:\n{typed}"
+
+
 def say(text: object, indent: int = 0) -> None:
-    """Print a line, escaped; a terminal gets it broken at words, its further lines indented."""
-    line = printable(text)
-    if sys.stdout and sys.stdout.isatty():
-        wrapper = textwrap.TextWrapper(shutil.get_terminal_size().columns - 1)
-        wrapper.subsequent_indent = " " * indent
-        wrapper.break_long_words = wrapper.break_on_hyphens = False
-        line = wrapper.fill(line)
-    print(line, flush=True)
+    """Print a line; its further lines on a terminal are indented."""
+    print(fit(text, sys.stdout, indent), flush=True)
 
 
 def proof(effect: dict[str, Any]) -> str:

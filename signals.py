@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
 from math import ceil, floor
-from typing import Any, NoReturn, TextIO
+from typing import Any
 
 from temporalio.api.enums.v1 import (
     EventType,
@@ -43,7 +43,7 @@ from temporalio.client import (
 from temporalio.service import RPCError, RPCStatusCode
 
 import charge_store as store
-from charge_store import printable, say
+from charge_store import fit, printable, say
 from worker import SERVER_DOWN, Parser, command, connect, run_script, web_ui
 from workflows import HEARTBEAT, NOTE_LENGTH, START_TO_CLOSE
 
@@ -67,28 +67,6 @@ def see(verb: str, order_id: str = "") -> str:
 
 
 # The terminal. Where a message names a command to type, the command ends it, after a colon.
-
-
-def fit(message: str, stream: TextIO) -> list[str]:
-    """Escape a message; if a terminal is too narrow, the command stands on a line of its own."""
-    line, columns = printable(message), shutil.get_terminal_size().columns
-    if not stream.isatty() or len(line) < columns:
-        return [line]
-    words, _, typed = line.rpartition(": ")
-    if ".py" not in typed:
-        return textwrap.wrap(line, columns - 1)
-    return [*textwrap.wrap(f"{words}:", columns - 1), typed]
-
-
-def tell(message: str) -> None:
-    """Print a message."""
-    print(*fit(message, sys.stdout), sep="\n", flush=True)
-
-
-def leave(message: str) -> NoReturn:
-    """Say what is wrong, and exit."""
-    print(*fit(message, sys.stderr), sep="\n", file=sys.stderr)
-    sys.exit(1)
 
 
 class Keyboard:
@@ -148,11 +126,11 @@ class Screen:
         """Show a headline with the seconds so far, and lines that only a terminal gets."""
         told = f"{time.monotonic() - self.started:6.1f} s  {headline}"
         if self.plain and headline != self.shown:
-            tell(told)
+            say(told)
         elif not self.plain:
             size = shutil.get_terminal_size()
             self.clear()
-            for line in [*fit(told, sys.stdout), *map(printable, lines)]:
+            for line in [*fit(told, sys.stdout).splitlines(), *map(printable, lines)]:
                 rows = 1 + (len(line) - 1) // size.columns  # a long one wraps
                 if self.height + rows < size.lines:
                     print(line)
@@ -176,8 +154,8 @@ async def decide(client: Client, options: argparse.Namespace) -> int:
     status, state = await ask(handle)
     if status and not str(status["decision"]).startswith(options.command):
         stands = status["decision"] or state
-        leave(f"{handle.id} is {stands} already: the {options.command} was only recorded")
-    tell(f"{handle.id}: {options.command} sent; {state}")
+        sys.exit(f"{handle.id} is {stands} already: the {options.command} was only recorded")
+    say(f"{handle.id}: {options.command} sent; {state}")
     return 0
 
 
@@ -187,11 +165,11 @@ async def cancel(client: Client, options: argparse.Namespace) -> int:
     if options.order_id is None:
         answer = await keyboard().ask(f"Cancel {printable(handle.id)}? [y/N]: ")
         if (answer or "").lower() != "y":
-            leave("nothing was cancelled")
+            sys.exit("nothing was cancelled")
     if (await ask(handle))[1] == "COMPENSATING":
-        leave(f"too late: {handle.id} is being undone already; see: {see('watch', handle.id)}")
+        sys.exit(f"too late: {handle.id} is being undone already; see: {see('watch', handle.id)}")
     await handle.signal("cancel", options.reason)
-    tell(f"{handle.id}: cancel sent; see: {see('watch', handle.id)}")
+    say(f"{handle.id}: cancel sent; see: {see('watch', handle.id)}")
     return 0
 
 
@@ -201,10 +179,10 @@ async def update_address(client: Client, options: argparse.Namespace) -> int:
     try:
         await handle.execute_update("update_address", options.address, rpc_timeout=RPC_TIMEOUT)
     except WorkflowUpdateFailedError as error:
-        leave(f"{handle.id}: refused: {getattr(error.cause, 'message', error)}")
+        sys.exit(f"{handle.id}: refused: {getattr(error.cause, 'message', error)}")
     except WorkflowUpdateRPCTimeoutOrCancelledError:
-        leave(f"{handle.id}: it may still be changed; {await silence(handle)}")
-    tell(f"{handle.id}: goes to {options.address}")
+        sys.exit(f"{handle.id}: it may still be changed; {await silence(handle)}")
+    say(f"{handle.id}: goes to {options.address}")
     return 0
 
 
@@ -215,16 +193,16 @@ async def addressee(client: Client, options: argparse.Namespace) -> Handle:
         order_id = await offer(client, options.command)
     handle, description = await find(client, order_id)
     if description.workflow_type != "OrderWorkflow":
-        leave(f"{order_id} is no order, it takes no messages; see: {see('watch', order_id)}")
+        sys.exit(f"{order_id} is no order, it takes no messages; see: {see('watch', order_id)}")
     if description.status != RUNNING:
-        leave(f"too late: {order_id} has ended; see: {see('status', order_id)}")
+        sys.exit(f"too late: {order_id} has ended; see: {see('status', order_id)}")
     return handle
 
 
 async def offer(client: Client, verb: str) -> str:
     """Let a person on a terminal pick one of the orders that a message could be for."""
     if not sys.stdin.isatty():
-        leave(f"name an order: {see(verb, 'ORDER_ID')}")
+        sys.exit(f"name an order: {see(verb, 'ORDER_ID')}")
     orders = "WorkflowType = 'OrderWorkflow' AND ExecutionStatus = 'Running'"
     found = [order.id async for order in client.list_workflows(orders, limit=20)]
     answers = await asyncio.gather(*(ask(client.get_workflow_handle(id_)) for id_ in found))
@@ -236,7 +214,7 @@ async def offer(client: Client, verb: str) -> str:
             amount, state = cents.get(order_id, "-"), state.partition(";")[0]
             say(f"{len(choices):3}  {state:15} {amount:>10}  {order_id}", indent=5)
     if not choices:
-        leave(f"no order waits to {verb}; see: {see('list')}")
+        sys.exit(f"no order waits to {verb}; see: {see('list')}")
     only = "1" if len(choices) == 1 else ""
     question = f"Which one, or q{' [1]' * bool(only)}: "
     while (answer := await keyboard().ask(question)) not in (None, "q"):
@@ -244,7 +222,7 @@ async def offer(client: Client, verb: str) -> str:
         if picked in choices.values():
             return str(picked)
         say(f"a number from 1 to {len(choices)} or one of these ids, please")
-    leave(f"no {verb} was sent")
+    sys.exit(f"no {verb} was sent")
 
 
 # Looking at orders.
@@ -258,7 +236,7 @@ async def find(client: Client, order_id: str) -> tuple[Handle, WorkflowExecution
     except RPCError as error:
         if error.status not in (RPCStatusCode.NOT_FOUND, RPCStatusCode.INVALID_ARGUMENT):
             raise
-        leave(f"unknown order '{order_id}'; see: {see('list')}")
+        sys.exit(f"unknown order '{order_id}'; see: {see('list')}")
 
 
 async def ask(
@@ -331,7 +309,7 @@ async def status(client: Client, options: argparse.Namespace) -> int:
     handle, description = await find(client, options.order_id)
     status, state = await ask(handle, description)
     if not status and description.workflow_type == "OrderWorkflow":
-        leave(f"{handle.id}: {state}")
+        sys.exit(f"{handle.id}: {state}")
     if not status:
         status = {"order_id": handle.id, "workflow": description.workflow_type, "state": state}
     elif description.status and description.status.name in ("TERMINATED", "TIMED_OUT"):
@@ -363,14 +341,14 @@ async def list_orders(client: Client, options: argparse.Namespace) -> int:
     if len(runs) > options.limit:
         say(f"{len(runs) - options.limit} older ones are not shown; --limit {len(runs)} shows all")
     if not runs:
-        tell(f"no orders yet; place one: {command('starter.py')} order")
+        say(f"no orders yet; place one: {command('starter.py')} order")
     return 0
 
 
 async def events(options: argparse.Namespace) -> int:
     """Print an order's audit trail and its effects, from the ledger."""
     if not store.say_order(options.order_id):
-        leave(f"no events of '{options.order_id}' in {store.store_path()}; see: {see('list')}")
+        sys.exit(f"no events of '{options.order_id}' in {store.store_path()}; see: {see('list')}")
     return 0
 
 
@@ -403,7 +381,7 @@ async def follow(
         cause: Any = error
         while getattr(cause, "cause", None):
             cause = cause.cause
-        leave(f"{handle.id} FAILED: {cause}")
+        sys.exit(f"{handle.id} FAILED: {cause}")
     end = result["status"] if isinstance(result, dict) else result or "COMPLETED"
     if end == "COMPLETED":
         screen.show(end, [f"    [x] {done}" for done in TRACKER.values()])

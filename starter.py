@@ -12,6 +12,7 @@ import os
 import random
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ import uuid
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -51,7 +53,6 @@ from worker import (
     HERE,
     Parser,
     Stage,
-    changed_copy,
     client_config,
     command,
     connect,
@@ -165,14 +166,23 @@ def revive(stage: Stage) -> None:
 
 
 # The exercises. `t` is the player, the machine or a person; README.md has the words for a person,
-# a **Do.** for each act: kill, stop, start, restart, edit, shell, kill_server, start_server.
+# a **Do.** for each act: kill, start, restart, edit, shell, send, kill_server, start_server.
 
 SLOW = {"charge_payment": "slow"}
-ONCE: dict[str, Any] = {"charge": "charged", "reservation": "reserved", "dispatch": "dispatched"}
+ONCE = {"charge": "charged", "reservation": "reserved", "dispatch": "dispatched"}
+VOIDED = {"charge": "voided", "reservation": "released"}
+UNDONE = {"charge": "refunded", "reservation": "released", "dispatch": "voided"}
 REVIEWED: dict[str, Any] = {"review": "person", "review_seconds": 600}
+PATIENT: dict[str, Any] = {
+    "deadline_seconds": 600,
+    "max_attempts": 0,
+    "review": "timer",
+    "review_seconds": 0.1,
+}
 # A workflow task that fails is tried again when its time is over: 10 s, if nothing else is said.
 BRIEF = {"task_timeout": timedelta(seconds=1)}
 # Edits, in the words of README.md: a file, a line in it, and what shall stand there instead.
+Edit = tuple[str, str, str]
 REVIEW = "            await self._review()\n"
 CHECK = '            await self._do(step.validate_order, "VALIDATING")\n'
 ENTER = '        self._enter("AWAITING_REVIEW")\n'
@@ -183,175 +193,166 @@ PATCHED = (
     REVIEW,
     '            if workflow.patched("check again"):\n    ' + CHECK + REVIEW,
 )
+AS_IT_WAS = ("workflows.py", "", "")
 KEY = 'perform(order, "charge", order.payment_id)'
 NO_KEY = ("activities.py", KEY, KEY[:-1] + ' + f"-{activity.info().attempt}")')
 
 
 async def no_temporal(t: "Player") -> None:
     """The contrast, a plain background job: charged twice, and a waiting order lost."""
-    async with t.contrast():
-        charging, waiting = plain_job("charging", 0), plain_job("waiting", 3)
-        await t.until("the provider has charged; its answer is on the way", charged, "charging")
-        charging.kill()
-        waiting.kill()
-        t.tell(f"jobs {charging.pid}, charging, and {waiting.pid}, waiting, die")
-        again = plain_job("charging", 0)
-        t.tell(f"the queue delivers the job again that nobody noted as done, to {again.pid}")
-        await t.until("that job is done", lambda: again.poll() is not None)
-        t.check("charged twice", len(store.effects_of("charging")) == 2)
-        t.check("the waiting order is lost", not store.effects_of("waiting"))
+    charging, waiting = plain_job(t.stage, "charging", 0), plain_job(t.stage, "waiting", 3)
+    await t.until("the provider has charged; its answer is on the way", charged, "charging")
+    charging.kill()
+    waiting.kill()
+    t.tell(f"jobs {charging.pid}, charging, and {waiting.pid}, waiting, die")
+    again = plain_job(t.stage, "charging", 0)
+    t.tell(f"the queue delivers the job again that nobody noted as done, to {again.pid}")
+    await t.until("that job is done", lambda: again.poll() is not None)
+    t.check(len(store.effects_of("charging")) == 2, "charged twice")
+    t.check(not store.effects_of("waiting"), "the waiting order is lost")
 
 
 async def timer(t: "Player") -> None:
     """A durable wait keeps its deadline while no worker lives."""
-    order = await t.charge(**await t.asked(wait_seconds=5))
-    await t.until("the wait has begun", t.timer_began, order)
+    asked = {name: await t.prompt(*PROMPTS[name]) for name in PROMPTS if t.by_hand}
+    order = await t.charge(**{"wait_seconds": 5} | asked)
+    await t.until("the wait has begun", t.timer_of, order)
     await t.kill()
     killed = time.time()
-    if others := await t.pollers():
-        t.show(f"no worker lives; {others[0]} serves {ORDERS_QUEUE} too, stop it first", False)
     await t.start()
     started = time.time()
-    await t.ends(order, "charged", charge="charged")
+    await t.ends(order, "charged", {"charge": "charged"})
     begin, end = await t.timer_of(order)
-    t.show("the worker died before the wait was over", killed < end)
-    t.show("another one was there before the wait was over", started < end)
-    should = t.orders[order]["wait_seconds"]
-    t.check(
-        f"the wait should take {should:g} s, took {end - begin:.1f} s", end - begin < should + 1.5
-    )
+    t.show(killed < end, "the worker died only when the wait was over")
+    t.show(started < end, "another worker was started only when the wait was over")
+    should, took = t.orders[order]["wait_seconds"], end - begin
+    t.check(took < should + 1.5, f"the wait should take {should:g} s, took {took:.1f} s")
 
 
 async def charge(t: "Player") -> None:
     """A worker ends in the middle of a charge, by Ctrl+C and by kill -9: charged once."""
     for hard in (False, True):
+        if hard:
+            await t.ask("Enter places a second charge: ")
         order = await t.charge(simulate=SLOW)
         await t.until("the provider has charged; its answer, 5 s, is on the way", charged, order)
         await t.kill(hard)
         await t.start()
         await t.until("attempt 2; the provider knows the key", begun, order, "charge_payment", 2)
-        await t.ends(order, "charged", within=6.5, charge="charged 2")
+        await t.ends(order, "charged", {"charge": "charged"}, within=6.5, asked={"charge": 2})
 
 
 async def approve(t: "Player") -> None:
     """An order waits for a person, and goes on at the approval."""
-    order = await t.place(**REVIEWED)
-    await t.until("the order waits for you", t.is_in, order, "AWAITING_REVIEW")
-    await t.shell(f"signals.py approve {order} --note 'looks good'", begun, order, "approve")
-    await t.ends(order, "COMPLETED", within=2, **ONCE)
+    order = await t.place_for_review()
+    await t.send("approve", order, "--note 'looks good'")
+    await t.ends(order, "COMPLETED", ONCE, within=2)
 
 
 async def outage(t: "Player") -> None:
     """An outage that ends costs tenths of a second; one that does not undoes the order."""
     order = await t.place(simulate={"charge_payment": "flaky"})
-    await t.ends(order, "COMPLETED", within=1.5, **ONCE)
-    t.check("attempts 3", store.count(order, "charge_payment") >= 3)
+    await t.ends(order, "COMPLETED", ONCE, within=1.5)
+    t.check(store.count(order, "charge_payment") >= 3, "attempts 3")
     order = await t.place(simulate={"charge_payment": "down"}, max_attempts=3)
-    await t.ends(order, "OrderGivenUp", within=1.5, reservation="released", charge="voided")
-    t.check("attempts 3", store.count(order, "charge_payment") == 3)
+    await t.ends(order, "OrderGivenUp", VOIDED, within=1.5)
+    t.check(store.count(order, "charge_payment") == 3, "attempts 3")
 
 
 async def card(t: "Player") -> None:
     """A refusal is an answer: the charge is tried once, and what was begun is undone."""
     order = await t.place(card_expiry="12/23")
-    await t.ends(order, "PaymentDeclined", within=1, reservation="released", charge="voided")
-    t.check("attempts 1", store.count(order, "charge_payment") == 1)
+    await t.ends(order, "PaymentDeclined", VOIDED, within=1)
+    t.check(store.count(order, "charge_payment") == 1, "attempts 1")
 
 
 async def nobody(t: "Player") -> None:
     """Nobody approves: the review's window closes, and the goods are released."""
-    seconds = t.time_for(machine=1, person=10)
+    seconds = 10 if t.by_hand else 1
     order = await t.place(review="person", review_seconds=seconds)
-    await t.ends(order, "EXPIRED", within=seconds + 1, reservation="released")
+    await t.ends(order, "EXPIRED", {"reservation": "released"}, within=seconds + 1)
 
 
 async def address(t: "Player") -> None:
     """A change of address or a cancel comes in time or too late; the order says which."""
-    order = await t.place(**REVIEWED, simulate={"prepare_package": "slow"})
-    await t.until("the order waits for you", t.is_in, order, "AWAITING_REVIEW")
+    order = await t.place_for_review(simulate={"prepare_package": "slow"})
     change = f"signals.py update-address {order}"
     await t.shell(f"{change} '2 Side Street'", begun, order, "update_address")
-    await t.shell(f"signals.py approve {order}", begun, order, "approve")
+    await t.send("approve", order)
     await t.until("it is packed, which takes 5 s", begun, order, "prepare_package")
     said = await t.shell(f"{change} '3 Late Street'")
-    t.show("the second change came too late", "too late, the order is SHIPPING" in said)
-    await t.ends(order, "COMPLETED", within=6, **ONCE)
-    t.check("sent to 2 Side Street", payloads(order, "dispatch_carrier")[0]["address"][0] == "2")
-    order = await t.place(**REVIEWED)
-    await t.until("a second order waits for you", t.is_in, order, "AWAITING_REVIEW")
-    await t.shell(f"signals.py cancel {order} --reason 'changed my mind'", begun, order, "cancel")
-    await t.ends(order, "CANCELLED", within=1, reservation="released")
+    t.show("too late, the order is SHIPPING" in said, "the second change was not too late")
+    await t.ends(order, "COMPLETED", ONCE, within=6)
+    t.check(payloads(order, "dispatch_carrier")[0]["address"][0] == "2", "sent to 2 Side Street")
+    order = await t.place_for_review()
+    await t.send("cancel", order, "--reason 'changed my mind'")
+    await t.ends(order, "CANCELLED", {"reservation": "released"}, within=1)
 
 
 async def shipping(t: "Player") -> None:
     """Without a shipping worker paid orders wait; a carrier that is down undoes its order."""
-    await t.restart("orders")
+    await t.start("orders", restart=True)
     order = await t.place()
     await t.until("the order is paid; its package waits", t.is_in, order, "SHIPPING")
-    shippers = {event["worker"] for event in payloads(order, "prepare_package")}
-    t.show(f"nobody ships, but worker {shippers} does", not shippers)
+    shippers = [event["worker"] for event in payloads(order, "prepare_package")]
+    t.show(not shippers, f"workers {shippers}, which nobody thought of, ship")
     await t.start("shipping")
-    await t.ends(order, "COMPLETED", within=1.5, **ONCE)
+    await t.ends(order, "COMPLETED", ONCE, within=2)
     order = await t.place(simulate={"dispatch_carrier": "down"}, max_attempts=3)
-    undone = dict.fromkeys(ONCE, "") | {"charge": "refunded", "reservation": "released"}
-    await t.ends(order, "OrderGivenUp", within=6, **undone | {"dispatch": "voided"})
-    t.check("attempts 9, in three tries", store.count(order, "dispatch_carrier") == 9)
+    await t.ends(order, "OrderGivenUp", UNDONE, within=6)
+    t.check(store.count(order, "dispatch_carrier") == 9, "attempts 9, in three tries")
 
 
 async def bug(t: "Player") -> None:
     """A workflow meets a bug: the order waits, and goes on when the bug is mended."""
     await t.edit(BUG)
-    await t.restart()
     order = await t.place(options=BRIEF)
     await t.until("the workflow task fails and is tried again", t.code_fails, order, "a bug")
-    await t.edit(None)
-    await t.restart()
-    await t.ends(order, "COMPLETED", within=4, **ONCE)
+    await t.edit(AS_IT_WAS)
+    await t.ends(order, "COMPLETED", ONCE, within=2)
 
 
 async def server(t: "Player") -> None:
     """The Temporal server dies in the middle of a wait and a charge, and forgets nothing."""
-    waiting = await t.place(wait_seconds=t.time_for(machine=3, person=15))
+    waiting = await t.place(wait_seconds=15 if t.by_hand else 3)
+    due = t.since + t.orders[waiting]["wait_seconds"]
     charging = await t.place(simulate=SLOW)
     await t.until("one order waits, one is being charged", charged, charging)
     await t.kill_server()
-    await t.until("no server answers", t.server_is_dead)
+    await t.until("no server answers; the worker keeps asking", t.server_is_dead)
     await t.start_server()
-    for order in (charging, waiting):  # an answer that met no server is asked for again
-        await t.ends(order, "COMPLETED", within=t.time_for(machine=10, person=22), **ONCE)
+    # An answer that met no server is asked for again.
+    await t.ends(charging, "COMPLETED", ONCE, within=10)
+    await t.ends(waiting, "COMPLETED", ONCE, within=max(10, round(due - t.since + 1)))
 
 
 async def deploy(t: "Player") -> None:
     """Changed code must fit the histories of running orders; `patched` makes it fit."""
-    order = await t.place(**REVIEWED, options=BRIEF)
-    await t.until("the order waits for you", t.is_in, order, "AWAITING_REVIEW")
+    order = await t.place_for_review(options=BRIEF)
     await t.edit(CHECKED)
-    await t.restart()
-    await t.shell(f"signals.py approve {order}", begun, order, "receive_order")
+    await t.start(restart=True)
+    await t.send("approve", order)
     await t.until("the new code does not fit the history", t.code_fails, order, "Nondeterminism")
     await t.edit(PATCHED)
-    await t.restart()
-    await t.ends(order, "COMPLETED", within=4, **ONCE)
-    await t.edit(None)
-    await t.restart()
+    await t.ends(order, "COMPLETED", ONCE, within=2)
+    await t.edit(AS_IT_WAS)
 
 
 async def reset(t: "Player") -> None:
     """A reset runs an order again from its beginning: nothing is charged or sent twice."""
     back = "temporal workflow reset --type FirstWorkflowTask --reason lesson --workflow-id"
     order = await t.place()
-    await t.ends(order, "COMPLETED", **ONCE)
+    await t.ends(order, "COMPLETED", ONCE)
     await t.shell(f"{back} {order}", begun, order, "receive_order", 2)
-    await t.ends(order, "COMPLETED", within=2, **{kind: f"{end} 2" for kind, end in ONCE.items()})
-    order = await t.place(**REVIEWED)
-    await t.until("a second order waits for you", t.is_in, order, "AWAITING_REVIEW")
-    await t.shell(f"signals.py approve {order}", begun, order, "approve")
-    await t.ends(order, "COMPLETED", **ONCE)
+    await t.ends(order, "COMPLETED", ONCE, within=2, asked=dict.fromkeys(ONCE, 2))
+    order = await t.place_for_review()
+    await t.send("approve", order)
+    await t.ends(order, "COMPLETED", ONCE)
     again = f"{back} {order} --reapply-exclude Signal"
     await t.shell(again, begun, order, "receive_order", 2)
     await t.until("it waits for you once more", t.is_in, order, "AWAITING_REVIEW")
-    await t.shell(f"signals.py cancel {order}", begun, order, "cancel")
-    await t.ends(order, "COMPLETED", within=2, **ONCE)
+    await t.send("cancel", order)
+    await t.ends(order, "COMPLETED", ONCE, within=2)
 
 
 async def late(t: "Player") -> None:
@@ -360,41 +361,39 @@ async def late(t: "Player") -> None:
     shipping = await t.place(simulate={"dispatch_carrier": "late"})
     for order, step in ((charging, "charge_payment"), (shipping, "dispatch_carrier")):
         await t.until(f"{step}, 5 s late, is on its way", begun, order, step)
-        await t.shell(f"signals.py cancel {order}", begun, order, "cancel")
-        t.show("the cancel came before it arrived", "ended" not in payloads(order, step)[0])
-    await t.ends(charging, "CANCELLED", charge="voided 1", reservation="released")
-    refunded: dict[str, Any] = {"charge": "refunded", "reservation": "released"}
-    await t.ends(shipping, "CANCELLED", within=6, dispatch="voided 1", **refunded)
+        await t.send("cancel", order)
+        t.show("ended" not in payloads(order, step)[0], "it arrived before the cancel")
+    arrived = {"charge": 1, "dispatch": 1}
+    await t.ends(charging, "CANCELLED", VOIDED, asked=arrived)
+    await t.ends(shipping, "CANCELLED", UNDONE, within=6, asked=arrived)
 
 
 async def points(t: "Player") -> None:
     """A worker dies before the charge, after it, after the dispatch: it does not matter where."""
     for step, fault, asked in (
         ("charge_payment", "crash-before", {}),
-        ("charge_payment", "crash-after", {"charge": "charged 2"}),
-        ("dispatch_carrier", "crash-after", {"dispatch": "dispatched 2"}),
+        ("charge_payment", "crash-after", {"charge": 2}),
+        ("dispatch_carrier", "crash-after", {"dispatch": 2}),
     ):
         order = await t.place(simulate={step: fault})
         await t.until(f"the worker has died: {fault} of {step}", t.died, order, step)
         await t.start()
-        await t.ends(order, "COMPLETED", within=2, **ONCE | asked)
-        t.show("a second attempt", store.count(order, step) >= 2)
+        await t.ends(order, "COMPLETED", ONCE, within=4, asked=asked)
+        t.show(store.count(order, step) >= 2, "there was no second attempt")
 
 
 async def no_key(t: "Player") -> None:
     """The contrast, exercise 2 with a key that changes on each attempt: charged twice."""
-    async with t.contrast():
-        await t.edit(NO_KEY)
-        await t.start()
-        order = await t.place(simulate=SLOW)
-        await t.until("the provider has charged; its answer, 5 s, is on the way", charged, order)
-        await t.kill()
-        await t.start()
-        await t.until("the order has ended", t.ended, order)
-        t.show("a second attempt", store.count(order, "charge_payment") >= 2)
-        t.check(
-            "charged twice", [row["kind"] for row in store.effects_of(order)].count("charge") == 2
-        )
+    await t.edit(NO_KEY)
+    await t.start(restart=True)
+    order = await t.place(simulate=SLOW)
+    await t.until("the provider has charged; its answer, 5 s, is on the way", charged, order)
+    await t.kill()
+    await t.start()
+    await t.until("the order has ended", t.ended, order)
+    t.show(store.count(order, "charge_payment") >= 2, "there was no second attempt")
+    charges = [row for row in store.effects_of(order) if row["kind"] == "charge"]
+    t.check(len(charges) == 2, "charged twice")
 
 
 Exercise = Callable[["Player"], Awaitable[None]]
@@ -402,6 +401,7 @@ EXERCISES: list[Exercise] = [
     *(no_temporal, timer, charge, approve, outage, card, nobody, address),
     *(shipping, bug, server, deploy, reset, late, points, no_key),
 ]
+CONTRASTS = (no_temporal, no_key)  # on a server and a ledger apart, as they charge twice
 NAMES = [exercise.__name__.replace("_", "-") for exercise in EXERCISES]
 
 JOB = """
@@ -413,14 +413,16 @@ time.sleep({slow})  # the provider's answer is on the way
 """
 
 
-def plain_job(order_id: str, wait: float) -> subprocess.Popen[bytes]:
+def plain_job(stage: Stage, order_id: str, wait: float) -> subprocess.Popen[bytes]:
     """Do an order as a background job without Temporal: all it knows is in its memory."""
     code = JOB.format(order_id=order_id, wait=wait, slow=SLOW_SECONDS)
-    apart: dict[str, Any] = {"stdin": subprocess.DEVNULL, "start_new_session": True}
-    return subprocess.Popen([sys.executable, "-c", code], cwd=HERE, **apart)
+    options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "start_new_session": True}
+    job = subprocess.Popen([sys.executable, "-c", code], cwd=HERE, **options)
+    stage.workers.append(job)  # it does not outlive the stage
+    return job
 
 
-# What can be seen in the ledger.
+# What can be seen in the ledger and in the scripts.
 
 
 def charged(order_id: str) -> bool:
@@ -439,109 +441,121 @@ def payloads(order_id: str, type_: str) -> list[dict[str, Any]]:
     return [json.loads(row["payload_json"]) for row in store.select(query, order_id, type_)]
 
 
-def enough(row: dict[str, Any] | None, effect: str) -> bool:
-    """Tell whether an effect is there, as `status` or `status least_requests`."""
-    status, _, least = effect.partition(" ")
-    return row is not None and row["status"] == status and row["requests"] >= int(least or 0)
+def is_edited(*edits: Edit) -> bool:
+    """Tell whether a line of one of these edits stands in workflows.py."""
+    text = (HERE / "workflows.py").read_text(encoding="utf-8")
+    return any(new in text for _, _, new in edits)
 
 
 # The players.
 
 
-class NotHeld(Exception):
-    """Something is not as it must be."""
-
-
-class NotShown(Exception):
-    """What an exercise is about did not happen."""
+class Verdict(Exception):
+    """Something is not as it must be, or what the exercise is about did not happen."""
 
 
 class EndOfInput(Exception):
     """A person has left: the end of input, Ctrl+D, or q."""
 
 
-PATIENT: dict[str, Any] = {
-    "deadline_seconds": 600,
-    "max_attempts": 0,
-    "review": "timer",
-    "review_seconds": 0.1,
-}
 Sight = Callable[..., Any]  # tells, perhaps only when awaited, whether something is to be seen
-Deed = Callable[[], Awaitable[Any]]
 
 
-async def sees(sight: Sight, *given: Any) -> bool:
-    """Look, which may take awaiting."""
-    seen = sight(*given)
-    return bool(await seen if inspect.isawaitable(seen) else seen)
+@dataclass
+class Act:
+    """Something to be done, by us or by a person elsewhere, and how to see that it was done."""
+
+    enter: str  # what Enter does, "kills worker 4711"
+    told: str  # what is said when it is done
+    do: Callable[[], Awaitable[Any]]
+    typed: str = ""  # what a person may type elsewhere instead
+    elsewhere: str = ""  # what a person must do elsewhere, if the stage is not ours
+    done: Sight = lambda: False  # sees it done elsewhere
+    hurry: bool = False  # it must come before the orders end
 
 
 class Player:
-    """Plays exercises unattended, on a stage of its own, and tells what happens."""
+    """Plays exercises unattended, and tells what happens."""
 
-    def __init__(self, client: Client, stage: Stage | None) -> None:
-        """Play on a stage of ours, or on a server and workers that others run."""
-        self._client, self.stage, self.code = client, stage, HERE
-        self.orders: dict[str, dict[str, Any]] = {}  # what was placed, by order id
-        self.began = self.since = time.time()
-        self.apart = True  # the stage is for exercises alone, with workers of a changed copy too
+    by_hand = False  # a person needs longer than a machine
 
-    @property
-    def client(self) -> Client:
-        """Return the client of the stage's newest server."""
-        return self.stage.client if self.stage else self._client
-
-    @property
-    def address(self) -> str:
-        """Tell where the server is."""
-        return str(self.client.service_client.config.target_host)
+    def __init__(self, stage: Stage, ours: bool = True) -> None:
+        """Play on a stage of ours, or on one whose server and workers others run."""
+        self.stage, self.ours, self.code = stage, ours, HERE
+        self.orders: dict[str, dict[str, Any]] = {}  # what the exercise placed, by order id
+        self.running: set[str] = set()  # of these, and of earlier ones, what has not ended
+        self.began = self.since = time.time()  # the exercise; the last act
+        self.apart = False  # in a contrast
 
     async def play(self, exercise: Exercise) -> str:
         """Play an exercise; return `held`, `not shown: ...` or `NOT HELD: ...`."""
-        self.orders, self.code, verdict = {}, HERE, "held"
-        self.began = self.since = time.time()
+        self.orders, self.began, self.apart = {}, time.time(), exercise in CONTRASTS
+        if not self.apart:
+            return await self.verdict_of(exercise)
+        before = self.stage, self.ours, self.running
+        async with private_stage() as self.stage:
+            self.ours, self.running = True, set()
+            try:
+                return await self.verdict_of(exercise)
+            finally:
+                self.stage, self.ours, self.running = before
+
+    async def verdict_of(self, exercise: Exercise) -> str:
+        """Play an exercise on the stage as it is."""
+        verdict = "held"
         try:
-            limit = self.time_for(machine=90, person=86_400)
-            await asyncio.wait_for(self.prepare(), limit)
-            await asyncio.wait_for(exercise(self), limit)
-            ours = tuple(f"{order_id} (" for order_id in self.orders)
-            wrong = [line for line in store.audit()[1] if line.startswith(ours or "-")]
-            self.check("audit clean", not wrong, "; ".join(wrong))
-        except NotShown as error:
-            verdict = f"not shown: {error}"
-        except (NotHeld, TimeoutError) as error:
-            verdict = f"NOT HELD: {error or 'not done in time'}"
+            async with asyncio.timeout(None if self.by_hand else 120):
+                await self.prepare()
+                await exercise(self)
+            if not self.apart:
+                ours = tuple(f"{order_id} (" for order_id in self.orders)
+                wrong = [line for line in store.audit()[1] if line.startswith(ours)]
+                self.check(not wrong, "audit clean", "; ".join(wrong))
+        except Verdict as error:
+            verdict = str(error)
+        except TimeoutError:
+            verdict = "NOT HELD: not done in time"
         except RPCError as error:
             verdict = f"not shown: {error}"
         with suppress(TimeoutError):
-            await asyncio.wait_for(self.draw(), 20)
+            async with asyncio.timeout(20):
+                for order_id in self.orders:
+                    print()
+                    say(order_id)
+                    await persist(partial(signals.show_lanes, self.handle(order_id)))
         say(verdict)
         return verdict
 
     async def prepare(self) -> None:
-        """Have exactly one worker, of our own scripts."""
-        assert self.stage
-        for worker in list(self.stage.workers):
-            self.stage.kill_worker(worker)
-        if not self.stage.server:
-            await self.stage.start_server()
-        worker = self.stage.start_worker()
+        """Have one worker; on a stage of ours a new one, of a copy of our scripts, to be edited."""
+        before: set[int] = set()
+        if self.ours:
+            for worker in list(self.stage.workers):
+                self.stage.kill_worker(worker)
+                self.note("killed", worker=worker.pid)
+            if not self.stage.server:
+                await self.stage.start_server()
+            before = set(await self.pollers())
+            assert self.stage.logs
+            self.code = self.stage.logs.with_name("code")
+            self.code.mkdir(exist_ok=True)
+            for script in HERE.glob("*.py"):
+                shutil.copy2(script, self.code)
+            self.stage.start_worker(code=self.code)
         # One that was killed a moment ago could be given the next task; it would take 10 s to see.
-        while worker.pid not in await self.pollers():
-            await asyncio.sleep(0.05)
-        self.tell(f"worker {worker.pid} is there")
-
-    async def draw(self) -> None:
-        """Draw the lives of the orders, and print their effects."""
-        for order_id in self.orders:
-            print()
-            say(order_id)
-            await persist(partial(signals.show_lanes, self.handle(order_id)))
+        await self.until("a worker is there", self.newcomer, before)
+        if len(found := await self.pollers()) > 1:
+            self.tell(f"workers {', '.join(map(str, found))} all live: to kill one may show little")
 
     def tell(self, words: str) -> None:
         """Print what happens, with the seconds since the exercise began."""
         if words:
             say(f"{time.time() - self.began:6.1f} s  {words}", indent=10)
+
+    def note(self, type_: str, **payload: Any) -> None:
+        """Note for the picture what befell the orders that have not ended."""
+        for order_id in self.running:
+            store.note(order_id, type_, payload)
 
     # What an exercise places.
 
@@ -549,293 +563,300 @@ class Player:
         self, kind: Kind = OrderWorkflow, options: dict[str, Any] | None = None, **fields: Any
     ) -> str:
         """Place an order and return its id."""
-        raw = PATIENT | fields | {"order_id": made_up_id()}
-        if kind is ChargeWorkflow:
-            first = raw["order_id"] = charge_id(raw)
-            while store.effects_of(raw["order_id"]):
-                raw["amount_cents"] += 1
-                raw["order_id"] = charge_id(raw)
-            if raw["order_id"] != first:
-                self.tell(f"{first} was made before; to ask again is the same charge: a cent more")
-        try:
-            await start(self.client, kind, raw, once=True, **options or {})
-        except WorkflowAlreadyStartedError:  # by another starter, in this moment
-            return await self.place(
-                kind, options, **fields | {"amount_cents": raw["amount_cents"] + 1}
-            )
-        self.orders[raw["order_id"]] = raw
+        raw = PATIENT | {"order_id": made_up_id()} | fields
+        await start(self.stage.client, kind, raw, once=True, **options or {})
+        order_id = str(raw["order_id"])
+        self.orders[order_id] = raw
+        self.running.add(order_id)
         self.since = time.time()
-        self.tell(f"{raw['order_id']} is placed")
-        return str(raw["order_id"])
+        self.tell(f"{order_id} is placed")
+        return order_id
+
+    async def place_for_review(self, **fields: Any) -> str:
+        """Place an order that waits for a person."""
+        order = await self.place(**REVIEWED | fields)
+        await self.until("the order waits for you", self.is_in, order, "AWAITING_REVIEW")
+        return order
 
     async def charge(self, **fields: Any) -> str:
-        """Place a charge alone: lesson one."""
-        return await self.place(ChargeWorkflow, **{"amount_cents": 9999} | fields)
+        """Place a charge alone, lesson one; to ask for the same again would be the same charge."""
+        fields = {"amount_cents": 9999} | fields
+        wanted = charge_id(fields)
+        while True:
+            order_id = charge_id(fields)
+            if not store.effects_of(order_id):
+                with suppress(WorkflowAlreadyStartedError):  # by another starter, or long ago
+                    return await self.place(ChargeWorkflow, order_id=order_id, **fields)
+            if order_id == wanted:
+                self.tell(f"{wanted} was made before, and to ask again is the same: a cent more")
+            fields["amount_cents"] += 1
 
-    async def asked(self, **defaults: Any) -> dict[str, Any]:
-        """Let a person choose the customer, the amount and the wait."""
-        return defaults
+    async def ask(self, question: str) -> str:
+        """Let a person answer."""
+        return ""
 
-    def time_for(self, machine: float, person: float) -> float:
-        """Choose how long something takes: a person needs longer than a machine."""
-        return machine
-
-    @asynccontextmanager
-    async def contrast(self) -> AsyncIterator[None]:
-        """Have a server and a ledger apart, as what is played here charges twice."""
-        stage, apart = self.stage, self.apart
-        async with private_stage() as self.stage:
-            self.apart = True
+    async def prompt(self, question: str, default: str, read: Callable[[str], Any]) -> Any:
+        """Ask until the answer can be read; nothing takes the default."""
+        while True:
             try:
-                yield
-                await self.draw()
-            finally:
-                self.stage, self.apart, self.orders = stage, apart, {}
+                return read(await self.ask(f"{question} [{default}]: ") or default)
+            except argparse.ArgumentTypeError as error:
+                say(f"  {error}", indent=2)
 
     # What is seen.
 
     async def until(self, words: str, sight: Sight, *given: Any) -> None:
         """Wait until something is seen, and tell it."""
-        while not await persist(partial(sees, sight, *given)):
+        while not await self.sees(sight, *given):
+            if await self.over() and not await self.sees(sight, *given):
+                raise Verdict(f"not shown: the order ended without it: {words}")
             await asyncio.sleep(0.05)
         self.tell(words)
 
+    async def sees(self, sight: Sight, *given: Any) -> bool:
+        """Look, while the server may be dead or about to die."""
+        with suppress(TimeoutError, RPCError):
+            # Not wait_for(): on Python 3.11 it may swallow a Ctrl+C that comes with the answer.
+            async with asyncio.timeout(3):
+                seen = sight(*given)
+                return bool(await seen if inspect.isawaitable(seen) else seen)
+        return False
+
+    async def over(self) -> bool:
+        """Tell whether all orders have ended, so that nothing more can come of them."""
+        for order_id in reversed(self.orders):
+            if not await self.sees(self.ended, order_id):
+                return False
+        return bool(self.orders)
+
     def handle(self, order_id: str) -> signals.Handle:
         """Get at an order's newest run."""
-        return self.client.get_workflow_handle(order_id)
+        return self.stage.client.get_workflow_handle(order_id)
 
     async def ended(self, order_id: str) -> bool:
         """Tell whether an order has ended."""
-        return (await self.handle(order_id).describe()).status != signals.RUNNING
+        if (await self.handle(order_id).describe()).status == signals.RUNNING:
+            return False
+        self.running.discard(order_id)
+        return True
 
     async def is_in(self, order_id: str, state: str) -> bool:
         """Tell whether an order says that it is in a state."""
         return (await signals.ask(self.handle(order_id)))[1] == state
 
+    async def has_come(self, order_id: str, name: str) -> bool:
+        """Tell whether a signal stands in an order's history."""
+        events = [event async for event in self.handle(order_id).fetch_history_events()]
+        signalled = [event.workflow_execution_signaled_event_attributes for event in events]
+        return name in [attributes.signal_name for attributes in signalled]
+
     async def code_fails(self, order_id: str, why: str) -> bool:
         """Tell whether the workflow task fails in our code, for this reason."""
-        return why in (await signals.code_failure(self.handle(order_id)) or "")
+        failure = await signals.code_failure(self.handle(order_id))
+        return failure is not None and why in failure
 
     def died(self, order_id: str, step: str) -> bool:
         """Tell whether the process of the newest attempt at a step is dead."""
         attempts = payloads(order_id, step)
-        return bool(attempts) and self.is_dead(attempts[-1]["worker"])
+        if not attempts or not self.is_dead(attempts[-1]["worker"]):
+            return False
+        self.note("killed", worker=attempts[-1]["worker"])
+        return True
 
     def is_dead(self, pid: int) -> bool:
         """Tell whether a process on this machine has ended."""
-        for worker in self.stage.workers if self.stage else ():
+        for worker in self.stage.workers:
             worker.poll()  # else a dead child of ours would still be there, as a zombie
         return not is_process(pid)
 
     async def server_is_dead(self, dead: bool = True) -> bool:
         """Tell whether nothing listens where the server was, or, dead=False, something does."""
-        return await is_listening(self.address) != dead
+        return await is_listening(self.stage.address) != dead
 
-    async def timer_of(self, order_id: str) -> tuple[float, float]:
-        """Read when an order's first timer began and when it fired, as Unix times; 0: not yet."""
-        times = [0.0, 0.0]
-        async for event in self.handle(order_id).fetch_history_events():
-            for n, kind in enumerate(("timer_started", "timer_fired")):
-                if event.WhichOneof("attributes") == f"{kind}_event_attributes":
-                    times[n] = times[n] or event.event_time.ToNanoseconds() / 1e9
-        return times[0], times[1]
-
-    async def timer_began(self, order_id: str) -> bool:
-        """Tell whether an order's timer has begun."""
-        return (await self.timer_of(order_id))[0] > 0
+    async def timer_of(self, order_id: str) -> list[float]:
+        """Read when an order's first timer began and fired, as Unix times, as far as it has."""
+        kinds = [f"timer_{kind}_event_attributes" for kind in ("started", "fired")]
+        events = [event async for event in self.handle(order_id).fetch_history_events()]
+        timers = [event for event in events if event.WhichOneof("attributes") in kinds]
+        return [event.event_time.ToNanoseconds() / 1e9 for event in timers[:2]]
 
     async def pollers(self) -> list[int]:
         """List the living processes on this machine that ask for work; empty without a server.
 
         The server lists dead ones too, for over a minute: its list alone is no proof of life.
         """
-        found = set()
+        found = set[int]()
         for queue in (ORDERS_QUEUE, SHIPPING_QUEUE):
             with suppress(RPCError):
-                found |= {pid for pid in await signals.pollers(self.client, queue)}
+                found |= await signals.pollers(self.stage.client, queue)
         return sorted(pid for pid in found if not self.is_dead(pid))
 
-    async def worker(self) -> int:
-        """Find the process that has the newest order, by its last attempt or by the history.
-
-        0: it is dead, or not on this machine, where its number may be another program's.
-        """
-        order_id = list(self.orders)[-1]
-        query = "SELECT payload_json FROM events WHERE order_id = ? AND attempt > 0 ORDER BY id"
-        here = await self.pollers()
-        while not (attempts := store.select(query, order_id)):
-            async for event in self.handle(order_id).fetch_history_events():
-                if event.HasField("workflow_task_completed_event_attributes"):
-                    identity = event.workflow_task_completed_event_attributes.identity
-                    pid = identity.partition("@")[0]
-                    return int(pid) if pid in map(str, here) else 0
-            await asyncio.sleep(0.1)
-        pid = json.loads(attempts[-1]["payload_json"])["worker"]
-        return int(pid) if pid in here else 0
+    async def newcomer(self, before: set[int], alone: bool = False) -> bool:
+        """Tell whether a worker is there that was not; alone: and none of those that were."""
+        now = set(await self.pollers())
+        return bool(now - before) and not (alone and now & before)
 
     # What is done. Each of these is one **Do.** of README.md.
 
-    async def act(
-        self,
-        enter: str,
-        told: str,
-        do: Deed | None,
-        typed: str = "",
-        *sight: Any,
-        hurry: bool = False,
-    ) -> None:
-        """Do something and tell it.
-
-        A person is told what Enter does, if `do` can do it, or what to type elsewhere; then the
-        sight, a function and its arguments, tells that it is done. hurry: before the orders end.
-        """
-        assert do
-        await do()
-        self.tell(told)
+    async def do_it(self, act: Act) -> Any:
+        """Do something and tell it."""
+        did = await act.do()
+        self.tell(act.told)
         self.since = time.time()
+        return did
 
     async def kill(self, hard: bool = True) -> None:
         """Kill the worker that has the newest order, or stop it, as Ctrl+C does."""
-        pid = await self.worker()
-        if not pid:
-            raise NotShown("the worker that has the order is dead, or not on this machine")
-        number = getattr(signal, "SIGKILL", signal.SIGTERM) if hard else signal.SIGINT
-        enter, told = ("kills", "is dead") if hard else ("stops", "has stopped")
-        typed = kill_command(pid) if hard else "Ctrl+C in its terminal"
-        do = partial(self.end, pid, number)
-        await self.act(
-            f"{enter} worker {pid}",
-            f"worker {pid} {told}",
-            do,
-            typed,
-            self.is_dead,
-            pid,
-            hurry=True,
-        )
+        living, attempts = await self.pollers(), payloads(list(self.orders)[-1], "charge_payment")
+        pid = attempts[-1]["worker"] if attempts else min(living, default=0)
+        self.show(pid in living, "the worker that has the order is dead, or not on this machine")
+        act = Act(f"stops worker {pid}", f"worker {pid} has stopped", partial(self.end, pid, hard))
+        act.typed, act.done, act.hurry = f"kill -INT {pid}", partial(self.is_dead, pid), True
+        if hard:
+            act.enter, act.told = f"kills worker {pid}", f"worker {pid} is dead"
+            act.typed = kill_command(pid)
+        await self.do_it(act)
+        self.note("killed" if hard else "stopped", worker=pid)
+        for other in await self.pollers():
+            alone = f"worker {other}, which nobody thought of, serves {ORDERS_QUEUE} too"
+            raise Verdict(f"not shown: {alone}: stop it first")
 
-    async def end(self, pid: int, number: int) -> None:
-        """Send a process a signal and wait for its end."""
-        # For the machine's pictures: what a process was doing when it ended takes some room there.
-        await asyncio.sleep(self.time_for(machine=1, person=0))
+    async def end(self, pid: int, hard: bool) -> None:
+        """Kill a process, or stop it as Ctrl+C does, and wait for its end."""
+        if not self.by_hand:  # what it was doing takes some room in the picture
+            await asyncio.sleep(1)
         with suppress(ProcessLookupError):
-            os.kill(pid, number)
+            os.kill(pid, getattr(signal, "SIGKILL", signal.SIGTERM) if hard else signal.SIGINT)
         while not self.is_dead(pid):
             await asyncio.sleep(0.02)
 
     async def start(self, role: str = "all", restart: bool = False) -> None:
         """Start a worker; restart: when all others are stopped, as by Ctrl+C."""
         before = set(await self.pollers())
-        if self.stage:
-            before |= {worker.pid for worker in self.stage.workers if worker.poll() is None}
+        to_stop = before if restart else ()
 
         async def do() -> None:
-            assert self.stage
-            for pid in before if restart else ():
-                await self.end(pid, signal.SIGINT)
+            for pid in to_stop:
+                await self.end(pid, hard=False)
             self.stage.bury()
             self.stage.start_worker(role, self.code)
 
-        async def done() -> bool:
-            now = set(await self.pollers())
-            return bool(now - before) and not (restart and now & before)
+        only = "" if role == "all" else f" {role}"
+        act = Act(f"starts another{only} worker", "a new worker starts", do)
+        act.elsewhere = command("worker.py") + only
+        if restart:
+            act.enter = "restarts the worker" + (f", for{only} only" if only else "")
+            act.elsewhere = f"Ctrl+C in its terminal, then {act.elsewhere}"
+        act.done = partial(self.newcomer, before, alone=restart)
+        await self.do_it(act)
+        for pid in to_stop:
+            self.note("stopped", worker=pid)
 
-        words = "" if role == "all" else f" {role}"
-        typed = f"{'Ctrl+C in its terminal, then ' * restart}{command('worker.py')}{words}"
-        only = f", for {role} only" if words else ""
-        enter = f"{'restarts the' if restart else 'starts another'} worker{only}"
-        await self.act(enter, f"a new worker starts{only}", do if self.stage else None, typed, done)
-
-    async def restart(self, role: str = "all") -> None:
-        """Stop all workers, as Ctrl+C does, and start one."""
-        await self.start(role, restart=True)
-
-    async def edit(self, change: tuple[str, str, str] | None) -> None:
-        """Change a line of our scripts, or undo that: in a copy."""
+    async def edit(self, change: Edit) -> None:
+        """Change a line of our scripts: in the copy that our worker runs, or by hand."""
+        file, text, instead = change
 
         async def do() -> None:
-            assert self.stage
-            self.code = HERE
-            if change:
-                self.code = changed_copy(self.stage.folder / uuid.uuid4().hex, *change)
+            source = (HERE / file).read_text(encoding="utf-8")
+            (self.code / file).write_text(source.replace(text, instead), encoding="utf-8")
 
-        enter = f"changes {change[0]}, in a copy" if change else "undoes the change"
-        await self.act(enter, f"{change[0]} is changed" if change else "the change is undone", do)
+        act = Act(f"changes {file}, in a copy", f"{file} is changed", do)
+        act.elsewhere, act.done = f"edit {file} and save it", partial(is_edited, change)
+        if change == AS_IT_WAS:
+            act.enter, act.told = "undoes the change", f"{file} is as it was"
+            act.done = lambda: not is_edited(BUG, CHECKED, PATCHED)
+        await self.do_it(act)
 
     async def kill_server(self) -> None:
         """Kill the server."""
-        do = self.stage.kill_server if self.stage else None
-        typed = "Ctrl+C in its terminal"
-        await self.act(
-            "kills the server", "the server is dead", do, typed, self.server_is_dead, hurry=True
-        )
+        act = Act("kills the server", "the server is dead", self.stage.kill_server, hurry=True)
+        act.elsewhere = "Ctrl+C in its terminal, or kill -9 and the pid that it printed"
+        act.done = self.server_is_dead
+        await self.do_it(act)
+        self.note("server", state="dead")
+        if not self.by_hand:  # so that the outage takes some room in the picture
+            await asyncio.sleep(1)
 
     async def start_server(self) -> None:
         """Start the server on the same file."""
-        do = self.stage.start_server if self.stage else None
-        typed = f"{command('worker.py')} server"
-        await self.act("starts it again", "the server lives", do, typed, self.server_is_dead, False)
+        act = Act("starts it again", "the server lives", self.stage.start_server)
+        act.elsewhere = f"{command('worker.py')} server"
+        act.done = partial(self.server_is_dead, False)
+        await self.do_it(act)
+        self.note("server", state="lives")
 
-    async def shell(self, line: str, *sight: Any) -> str:
+    async def send(self, verb: str, order_id: str, more: str = "") -> None:
+        """Send an order a signal."""
+        line = f"signals.py {verb} {order_id} {more}".strip()
+        await self.shell(line, self.has_come, order_id, verb)
+
+    async def shell(self, line: str, sight: Sight | None = None, *given: Any) -> str:
         """Run a command, wait until its effect is seen, and return what it said."""
         first, *words = shlex.split(line)
-        program = [temporal_binary() or first]
-        if first != "temporal":
-            program = [sys.executable, str(HERE / first)]
-        said = ""
+        program, typed = [sys.executable, str(HERE / first)], line.replace(first, command(first), 1)
+        if first == "temporal":
+            program, typed = [temporal_binary() or first], line
 
-        async def do() -> None:
-            nonlocal said
-            pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE}
-            pipes |= {"stderr": subprocess.STDOUT}
-            environment = os.environ | {"TEMPORAL_ADDRESS": self.address}
-            process = await asyncio.create_subprocess_exec(
-                *program, *words, env=environment, **pipes
-            )
-            said = (await process.communicate())[0].decode().strip()
+        async def do() -> str:
+            environment = os.environ | {"TEMPORAL_ADDRESS": self.stage.address}
+            pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+            pipes |= {"stdin": subprocess.DEVNULL, "env": environment}
+            process = await asyncio.create_subprocess_exec(*program, *words, **pipes)
+            return (await process.communicate())[0].decode().strip()
 
-        typed = line if first == "temporal" else line.replace(first, command(first), 1)
-        await self.act("runs it", "", do, typed, *sight, hurry=True)
-        self.tell(said.splitlines()[-1] if said else "it is done")
+        act = Act("runs this", "", do, typed, hurry=True)
         if sight:
-            await self.until("", *sight)
+            act.done = partial(sight, *given)
+        said = str(await self.do_it(act) or "it is done")
+        self.tell(said.splitlines()[-1])
+        if sight:
+            await self.until("", sight, *given)
         return said
 
     # What must be true.
 
-    async def ends(self, order_id: str, end: str, within: float = 0, **effects: Any) -> None:
+    async def ends(
+        self,
+        order_id: str,
+        end: str,
+        effects: dict[str, str],
+        within: float = 0,
+        asked: dict[str, int] | None = None,
+    ) -> None:
         """Wait for an order's end; it must be this one, within so many seconds of the last act.
 
-        `effects` are what the ledger must show, {kind: "status" or "status least_requests"}.
+        `effects` are the statuses that the ledger must show, `asked` the least requests.
         """
         await self.until("", self.ended, order_id)
         took = time.time() - self.since
         result = await persist(partial(end_of, self.handle(order_id)))
         for _ in range(100):  # what comes late comes within 5 s
-            found = {row["kind"]: row for row in store.effects_of(order_id)}
-            if all(enough(found.get(kind), effect) for kind, effect in effects.items()):
+            rows = store.effects_of(order_id)
+            fit = sorted((row["kind"], row["status"]) for row in rows) == sorted(effects.items())
+            rare = [row for row in rows if row["requests"] < (asked or {}).get(row["kind"], 0)]
+            if fit and not rare:
                 break
             await asyncio.sleep(0.1)
-        ledger = "; ".join(store.proof(row) for row in found.values())
-        statuses = {kind: row["status"] for kind, row in found.items()}
-        wanted = {kind: effect.partition(" ")[0] for kind, effect in effects.items()}
-        self.check(f"{order_id} has ended: {end}", result == end, f"{order_id} ended {result}")
-        self.check("", statuses == wanted, f"the ledger has {ledger}")
-        for kind, effect in effects.items():
-            self.show(f"{kind}: {effect}; the ledger has {ledger}", enough(found[kind], effect))
+        ledger = "; ".join(store.proof(row) for row in rows)
+        self.check(result == end, f"{order_id} has ended: {end}", f"{order_id} ended {result}")
+        if not fit:
+            raise Verdict(f"NOT HELD: the ledger has {ledger}, should be: {effects}")
+        self.show(not rare, f"a provider was not asked again: {ledger}")
         if within:  # a busy machine takes longer, and what hangs longer still
-            should = f"should take {within:g} s, took {took:.1f} s"
-            self.check(should, took < within + 15 or self.time_for(0, 1) > 0, "too slow")
+            slower = ", slower: a busy machine" if took > within else ""
+            should = f"should take {within:g} s, took {took:.1f} s{slower}"
+            self.check(self.by_hand or took < within + 15, should)
 
-    def check(self, words: str, held: bool, instead: str = "") -> None:
+    def check(self, held: bool, words: str, instead: str = "") -> None:
         """Tell what is as it must be, or end the exercise with what is there instead."""
         if not held:
-            raise NotHeld(f"{instead or 'it is not so'}, should be: {words}" if words else instead)
+            raise Verdict(f"NOT HELD: {instead or 'it is not so'}, should be: {words}")
         self.tell(words)
 
-    def show(self, words: str, shown: bool) -> None:
-        """End the exercise if what it is about did not happen."""
+    def show(self, shown: bool, instead: str) -> None:
+        """End the exercise if what it is about did not happen, with what did instead."""
         if not shown:
-            raise NotShown(f"it was not so: {words}")
+            raise Verdict(f"not shown: {instead}")
 
 
 async def end_of(handle: signals.Handle) -> str:
@@ -850,216 +871,207 @@ async def end_of(handle: signals.Handle) -> str:
 class Person(Player):
     """Has a person do each thing, by the words of README.md, and goes on when it has happened."""
 
-    def __init__(self, client: Client, stage: Stage | None) -> None:
-        super().__init__(client, stage)
-        self.apart, self.keyboard = False, signals.keyboard()
-        self.parts: list[str] = []
+    by_hand = True
 
-    async def lead(self, number: int) -> bool:
-        """Lead through an exercise: predict, do, see, explain; return whether it held."""
+    def __init__(self, stage: Stage, ours: bool) -> None:
+        super().__init__(stage, ours)
+        self.keyboard, self.screen = signals.keyboard(), Screen()
+        self.typing: asyncio.Task[str | None] | None = None  # the next line
+        self.parts: list[str] = []
+        self.verdicts: dict[int, str] = {}
+
+    async def offer(self) -> None:
+        """Offer the exercises and lead through them until the person leaves."""
+        number, choice, done = following(0), None, held()
+        while True:
+            if choice is None:
+                for n, (title, _) in sections().items():
+                    say(f"{'x' if n in done else ' '} {n:2}  {title}")
+            choice = await self.prompt("Number, name, ? for the list, or q", str(number), chosen)
+            if choice is not None:
+                await self.lead(choice)
+                number = following(choice) if self.verdicts[choice] == "held" else choice
+                done = held()
+                all_done = " ".join(map(str, sorted(done))) or "none"
+                say(f"done: {all_done} · next: {number} {NAMES[number]}")
+
+    async def lead(self, number: int) -> None:
+        """Lead through an exercise: predict, do, see, explain."""
+        self.verdicts[number] = "you left before its end"
         title, text = sections()[number]
-        head, *self.parts = re.split(PART, text, flags=re.MULTILINE)
-        print(f"\nExercise {number}: {title}\n{plain(head)}\n")
+        head, *self.parts = re.split(r"\n\n(?=(?:Predict|Do|Observe|Explain)\.)", text)
+        print(f"\nExercise {number}: {title}\n{head}\n")
         self.say_part("Predict")
-        if "t.asked(" not in inspect.getsource(EXERCISES[number]):
+        if EXERCISES[number] is not timer:  # which asks for its amount first
             await self.ask("Enter begins: ")
-        verdict = await self.play(EXERCISES[number])
-        if verdict != "held":
+        self.screen.started = time.monotonic()
+        self.verdicts[number] = await self.play(EXERCISES[number])
+        if self.verdicts[number] != "held":
             say("So there is nothing to explain yet: it is offered again.")
-            return False
+            return
         store.note(f"exercise {number}", "held", {})
-        self.parts = [part for part in self.parts if part.startswith("**Explain")]
+        self.parts = [part for part in self.parts if not part.startswith("Do.")]
+        self.say_part("Observe")
+        await self.ask("Enter goes on: ")
         self.say_part("Explain")
-        return True
 
     def say_part(self, label: str) -> None:
         """Print the next part of README.md if it has this label."""
-        if self.parts and self.parts[0].startswith(f"**{label}.**"):
-            print(plain(self.parts.pop(0)) + "\n", flush=True)
+        if self.parts and self.parts[0].startswith(f"{label}."):
+            elsewhere = r"\s*With\s+three\s+terminals:.*" if self.ours else "$"
+            print(re.sub(elsewhere, "", self.parts.pop(0), flags=re.DOTALL) + "\n", flush=True)
+
+    def tell(self, words: str) -> None:
+        """Print what happens, instead of what was waited for."""
+        self.screen.clear()
+        super().tell(words)
+
+    async def heard(self, seconds: float | None = None) -> str | None:
+        """Wait so long for a line, None: for ever; q and the end of input leave."""
+        self.typing = self.typing or asyncio.create_task(self.keyboard.line())
+        await asyncio.wait([self.typing], timeout=seconds)
+        if not self.typing.done():
+            return None
+        line, self.typing = self.typing.result(), None
+        if line is None or line.lower() == "q":
+            raise EndOfInput
+        return line
+
+    async def overhear(self) -> None:
+        """Let go what a person at a terminal types unasked; who leaves has left."""
+        while sys.stdin.isatty() and await self.heard(0) is not None:
+            pass
 
     async def ask(self, question: str) -> str:
         """Ask; q and the end of input leave."""
-        return self.leave_or(await self.keyboard.ask(question))
+        print(question, end="", flush=True)
+        line = await self.heard()
+        if not sys.stdin.isatty():
+            print()
+        return line or ""
 
-    def leave_or(self, answer: str | None) -> str:
-        """Return what was typed, unless it says to leave."""
-        if answer is None or answer.lower() == "q":
-            raise EndOfInput
-        return answer
-
-    async def prompt(self, question: str, default: str, read: Callable[[str], Any]) -> Any:
-        """Ask until the answer can be read; nothing takes the default."""
-        while True:
-            try:
-                return read(await self.ask(f"{question} [{default}]: ") or default)
-            except argparse.ArgumentTypeError as error:
-                say(f"  {error}", indent=2)
-
-    async def asked(self, **defaults: Any) -> dict[str, Any]:
-        """Let a person choose the customer, the amount and the wait."""
-        return {name: await self.prompt(*PROMPTS[name]) for name in PROMPTS}
-
-    def time_for(self, machine: float, person: float) -> float:
-        """Choose how long something takes: a person needs longer than a machine."""
-        return person
-
-    async def prepare(self) -> None:
-        """Have a worker, ours or another's."""
-        screen = Screen()
-        if self.stage:
-            self.stage.bury()
-            if not self.stage.workers:
-                self.stage.start_worker()
-        while not (found := await self.pollers()):
-            screen.show(f"waiting for a worker{'' if self.stage else await self.trouble()}")
-            await asyncio.sleep(0.2)
-        screen.clear()
-        if len(found) > 1:
-            say(f"workers {', '.join(map(str, found))} all live: to kill one may show little")
-
-    async def act(
-        self,
-        enter: str,
-        told: str,
-        do: Deed | None,
-        typed: str = "",
-        *sight: Any,
-        hurry: bool = False,
-    ) -> None:
+    async def do_it(self, act: Act) -> Any:
         """Ask for something, do it on Enter if we can, and go on when it is done."""
+        ours, did = self.ours or not act.elsewhere, None
+        if ours and act.elsewhere:  # nobody else does it
+            act.done = lambda: False
         self.say_part("Do")
-        other = f" (or: {typed})" if typed else ""
-        say(f"{'':10}Enter {enter}{other}" if do else f"{'':10}Now: {typed}", indent=10)
-        self.keyboard.forget()
-        hurry, by = hurry and not await self.over(), f" Enter {enter}" if do else ""
-        line = asyncio.create_task(self.keyboard.line())
-        try:
-            while not (sight and await self.sees(*sight)):
-                await asyncio.wait([line], timeout=0.2)
-                if hurry and await self.over() and not (sight and await self.sees(*sight)):
-                    raise NotShown(f"too late: the order ended before{by}")
-                if line.done():
-                    self.leave_or(line.result())
-                    if do:
-                        await do()
-                        break
-                    say(f"{'':10}this is not done yet: {typed}", indent=10)
-                    line = asyncio.create_task(self.keyboard.line())
-        finally:
-            line.cancel()
-        self.tell(told)
+        told = f"{'':10}Enter {act.enter}" if ours else f"{'':10}Now: {act.elsewhere}"
+        if ours and act.typed and not self.apart:
+            short = len(told + act.typed) < 60  # a longer command stands alone, for copying
+            told += f" (or: {act.typed})" if short else f", or you elsewhere:\n{act.typed}"
+        await self.overhear()
+        print(told, flush=True)
+        hurry = act.hurry and not await self.over()
+        while not await self.sees(act.done):
+            line = await self.heard(0.2)
+            done = await self.sees(act.done)  # over() takes seconds if the server is dead
+            if hurry and not done and await self.over() and not await self.sees(act.done):
+                raise Verdict("not shown: too late: the order ended before that")
+            if line is not None and ours:
+                did = await act.do()
+                break
+            if line is not None:
+                say(f"{'':10}this is not done yet: {act.elsewhere}", indent=10)
+        self.tell(act.told)
         self.since = time.time()
-
-    async def sees(self, sight: Sight, *given: Any, within: float = 6) -> bool:
-        """Look, while the server may be dead or about to die."""
-        with suppress(TimeoutError, RPCError):
-            # Not wait_for(): on Python 3.11 it may swallow a Ctrl+C that comes with the answer.
-            async with asyncio.timeout(within):
-                return await sees(sight, *given)
-        return False
-
-    async def over(self) -> bool:
-        """Tell whether all orders have ended, so that nothing more can come of them."""
-        for order_id in reversed(self.orders):
-            if not await self.sees(self.ended, order_id, within=1):
-                return False
-        return bool(self.orders)
+        return did
 
     async def until(self, words: str, sight: Sight, *given: Any) -> None:
-        """Wait until something is seen or the order has ended without it, and say for what."""
-        screen, since, trouble = Screen(), time.monotonic(), ""
-        look = asyncio.create_task(self.sees(sight, *given))
-        while not (look.done() and look.result()):
-            if look.done():
-                if await self.over() and not await self.sees(sight, *given):
-                    raise NotShown(f"the order ended without it: {words}")
-                if self.stage and not await self.sees(sight, *given):
-                    for pid in self.stage.revive(self.code):
-                        self.tell(f"worker {pid} died too early; another one starts")
-                look = asyncio.create_task(self.sees(sight, *given))
-            await asyncio.wait([look], timeout=0.3)
-            if time.monotonic() > since + 1:
-                trouble = await self.trouble()
-                screen.show(f"waiting until {words or 'it is done'}{trouble}")
-        screen.clear()
-        self.tell(words)
+        """Wait until something is seen, say for what, and hear whether the person leaves."""
+        wait = asyncio.create_task(super().until(words, sight, *given))
+        patience = time.monotonic() + 1
+        try:
+            while not wait.done():
+                await asyncio.wait([wait], timeout=0.2)
+                await self.overhear()
+                if time.monotonic() > patience:
+                    trouble = await self.trouble()
+                    self.screen.show(trouble or f"waiting until {words or 'it is done'}")
+        finally:
+            wait.cancel()
+            self.screen.clear()
+        wait.result()
 
     async def trouble(self) -> str:
-        """Say what is missing, if it is the server or a worker."""
-        if await self.server_is_dead():
-            return f": no server; start it: {command('worker.py')} server"
-        return "" if await self.pollers() else f": no worker; start one: {command('worker.py')}"
-
-    async def edit(self, change: tuple[str, str, str] | None) -> None:
-        """Have a line of our scripts changed by hand; in a contrast, in a copy."""
+        """Say what is missing: the server, a worker, or code that works."""
+        hint = "" if self.ours else f"; start it: {command('worker.py')}"
         if self.apart:
-            return await super().edit(change)
-        file = change[0] if change else "workflows.py"
+            return ""
+        if await self.server_is_dead():
+            return f"no server{hint} server" if hint else "no server"
+        if not await self.sees(self.pollers):
+            return f"no worker{hint}"
+        fails = [id_ for id_ in self.orders if await self.sees(self.code_fails, id_, "")]
+        return f"the workflow's code fails: {fails[0]}" if fails else ""
 
-        def done() -> bool:
-            text = (HERE / file).read_text(encoding="utf-8")
-            if change:
-                return change[2] in text
-            return not any(new in text for _, _, new in (BUG, CHECKED, PATCHED))
-
-        told = f"{file} has the new lines" if change else f"{file} is as it was"
-        await self.act("", told, None, f"edit {file} and save it", done)
-
-    async def say_what_is_left(self) -> None:
-        """Say which orders still run, and how to end them."""
-        for order_id in self.orders:
-            if not await self.sees(self.ended, order_id):
-                kept = "; it goes on with the next server and worker" if self.stage else ""
-                say(f"{order_id} still runs{kept}; see: {signals.see('status', order_id)}")
-
-
-PART = r"^(?=\*\*(?:Predict|Do|Observe|Explain)\.\*\*)"
+    async def goodbye(self) -> None:
+        """Say which orders still run and what becomes of them, and what is still edited."""
+        print()  # Ctrl+C and Ctrl+D end no line
+        with suppress(TimeoutError):
+            async with asyncio.timeout(1):
+                await asyncio.gather(*(self.sees(self.ended, id_) for id_ in self.running))
+        kept = f"{', '.join(sorted(self.running))}: not done yet"
+        if self.running and self.ours:
+            say(f"{kept}, and kept in temporal.db; the next start goes on with it")
+        elif self.running:
+            say(f"{kept}; to end one: {signals.see('cancel', 'ORDER_ID')}")
+        warn_of_edits()
 
 
 def sections() -> dict[int, tuple[str, str]]:
-    """Read the exercises from README.md: {number: (title, text)}."""
-    readme = (HERE / "README.md").read_text(encoding="utf-8")
+    """Read the exercises from README.md, as plain text: {number: (title, text)}."""
+    readme = (HERE / "README.md").read_text(encoding="utf-8").replace("**", "").replace("`", "")
     parts = re.split(r"^(?=##+ )", readme, flags=re.MULTILINE)
     found = [(re.match(r"### Exercise (\d+): (.*)\n", part), part) for part in parts]
-    return {int(m[1]): (m[2], part[m.end() :]) for m, part in found if m}
-
-
-def plain(markdown: str) -> str:
-    """Turn Markdown into text for a terminal: no fences, code indented."""
-    lines, code = [], False
-    for line in markdown.strip().splitlines():
-        if line.startswith("```"):
-            code = not code
-        else:
-            lines.append("    " + line if code else line.replace("**", "").replace("`", ""))
-    return "\n".join(lines)
+    return {int(m[1]): (m[2], part[m.end() :].strip()) for m, part in found if m}
 
 
 async def run_prompts(_: argparse.Namespace) -> int:
-    """Offer the exercises and lead through them until the person leaves; exit 1 if one failed."""
+    """Lead through the exercises until the person leaves; exit 1 if one did not hold."""
     async with temporal(quiet=True) as (client, stage):
-        person, number, results = Person(client, stage), 1, dict[int, bool]()
-        address = person.address
+        # Our workers run a copy of the scripts, and the ledger is not to be beside that.
+        os.environ["CHARGE_STORE"] = str(store.store_path())
+        ours, address = stage is not None, client.service_client.config.target_host
+        if not stage:
+            stage = Stage(HERE, 0)
+            stage.client, stage.address = client, address
+        person = Person(stage, ours)
         say(f"server: {address}, namespace {client.namespace}, Web UI: {web_ui(address)}")
+        warn_of_edits()
         try:
-            while True:
-                done = {row["order_id"] for row in store.select(HELD)}
-                for n, section in sections().items():
-                    say(f"{'x' if f'exercise {n}' in done else ' '} {n:2}  {section[0]}")
-                number = await person.prompt("Exercise, or q", str(number), chosen)
-                results[number] = await person.lead(number)
-                number = (number + results[number]) % len(EXERCISES)
-        except EndOfInput:
-            return 0 if all(results.values()) else 1
+            with suppress(EndOfInput):
+                await person.offer()
         finally:
-            await person.say_what_is_left()
+            await person.goodbye()
+        failed = [(n, verdict) for n, verdict in person.verdicts.items() if verdict != "held"]
+        for number, verdict in failed:
+            say(f"exercise {number}: {verdict}")
+        return 1 if failed else 0
 
 
-HELD = "SELECT order_id FROM events WHERE type = 'held'"
+def warn_of_edits() -> None:
+    """Warn if a line of an exercise was left in workflows.py."""
+    if is_edited(BUG, CHECKED, PATCHED):
+        say("workflows.py still has a line of exercise 9 or 11: take it out, or orders stop there")
 
 
-def chosen(text: str) -> int:
-    """Read the number or the name of an exercise."""
+def held() -> set[int]:
+    """Read which exercises have held in this ledger."""
+    rows = store.select("SELECT order_id FROM events WHERE type = 'held'")
+    return {int(row["order_id"].removeprefix("exercise ")) for row in rows}
+
+
+def following(number: int) -> int:
+    """Find the next exercise that has not held yet; 1 if there is none."""
+    around = [(number + n) % len(EXERCISES) for n in range(1, len(EXERCISES) + 1)]
+    return next((n for n in around if n not in held()), 1)
+
+
+def chosen(text: str) -> int | None:
+    """Read the number or the name of an exercise; None: ? was typed."""
+    if text == "?":
+        return None
     if text in NAMES:
         return NAMES.index(text)
     if text not in map(str, range(len(NAMES))):
@@ -1073,7 +1085,7 @@ async def run_crash(options: argparse.Namespace) -> int:
     rows = []
     async with private_stage() as stage:
         say(f"a server of our own at {stage.address}, Web UI: {web_ui(stage.address)}")
-        player = Player(stage.client, stage)
+        player = Player(stage)
         for number in options.names or range(len(EXERCISES)):
             claim = f"{number} {NAMES[number]}: {EXERCISES[number].__doc__}"
             print()
@@ -1288,10 +1300,18 @@ def given(text: str) -> str:
     return text
 
 
+def wait_to_act_in(text: str) -> float:
+    """Read a wait in which a person can kill a worker and start another."""
+    seconds = float(field("wait_seconds", float, text))
+    if not 2 <= seconds <= 60:
+        raise argparse.ArgumentTypeError("must be 2 to 60 seconds here, in which you have to act")
+    return seconds
+
+
 PROMPTS: dict[str, tuple[str, str, Callable[[str], Any]]] = {
     "customer_id": ("Customer ID", "customer-123", partial(field, "customer_id", str)),
     "amount_cents": ("Amount", "99.99", partial(field, "amount_cents", cents)),
-    "wait_seconds": ("Wait seconds", "10", partial(field, "wait_seconds", float)),
+    "wait_seconds": ("Wait seconds", "10", wait_to_act_in),
 }
 
 

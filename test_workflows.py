@@ -30,7 +30,6 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import (
     ExitStack,
-    asynccontextmanager,
     closing,
     nullcontext,
     redirect_stderr,
@@ -71,7 +70,7 @@ from temporalio.worker import Replayer, Worker
 
 import charge_store as store
 from activities import FAULTS, ORDER_STEPS, RULES, STEPS, Order, parse_order
-from signals import Bar, Event, Handle, find_bars, fit, lanes, offer, read_events
+from signals import Bar, Event, Handle, find_bars, lanes, offer, read_events
 from starter import (
     BUG,
     CHECKED,
@@ -79,6 +78,7 @@ from starter import (
     NAMES,
     NO_KEY,
     PATCHED,
+    Act,
     Exercise,
     Player,
     end_of,
@@ -1808,31 +1808,21 @@ class Counting(Player):
     """Plays an exercise without doing anything, and counts what a person would be asked to do."""
 
     def __init__(self) -> None:
-        self.acts = 0
+        super().__init__(Stage(HERE, 0))
+        self.acts, self.seconds = 0, set[float]()
         self.orders = {"": {"wait_seconds": 1}}
 
-    async def act(self, *_: Any, **__: Any) -> None:
+    async def do_it(self, act: Act) -> None:
         self.acts += 1
 
     async def place(self, *_: Any, **__: Any) -> str:
         return ""
 
-    async def shell(self, *_: Any) -> str:
-        await self.act()
-        return ""
+    async def ends(self, *_: Any, within: float = 0, **__: Any) -> None:
+        self.seconds.add(within)
 
-    async def nothing(self, *_: Any, **__: Any) -> Any:
-        return (0.0, 0.0)
-
-    def accept(self, *_: Any) -> None:
-        pass
-
-    @asynccontextmanager
-    async def contrast(self) -> AsyncIterator[None]:
-        yield
-
-    async def worker(self) -> int:
-        return 1
+    async def timer_of(self, order_id: str) -> list[float]:
+        return [0.0, 0.0]
 
     async def pollers(self) -> list[int]:
         return []
@@ -1840,9 +1830,13 @@ class Counting(Player):
     def is_dead(self, pid: int) -> bool:
         return True
 
-    until = ends = timer_of = nothing
-    check = show = tell = accept  # type: ignore[assignment]
-    stage = None
+    async def until(self, *_: Any) -> None:
+        pass
+
+    def accept(self, *_: Any, **__: Any) -> None:
+        pass
+
+    check = show = tell = note = accept
 
 
 async def play_dry(exercise: Exercise, player: Counting) -> None:
@@ -1860,9 +1854,12 @@ def test_each_exercise_has_its_words_and_a_part_to_do_for_each_thing_to_be_done(
     monkeypatch.setattr("starter.payloads", lambda *_: [{"address": "2 Side Street", "worker": 1}])
     player = Counting()
     asyncio.run(play_dry(EXERCISES[number], player))
-    assert text.count("\n**Do.**") == player.acts
-    for label in ("Predict", "Explain"):
-        assert text.count(f"\n**{label}.**") == 1, label
+    assert text.count("\nDo. ") == player.acts
+    for label in ("Predict", "Observe", "Explain"):
+        assert text.count(f"\n{label}. ") == 1, label
+    told = re.findall(rf"^\| {number} \|.*?\|.*?\|(.*?)\|", README, re.MULTILINE)[0]
+    for seconds in player.seconds - {0}:
+        assert re.search(rf"(?<!\.)\b{seconds:g}\b(?!\.)", told), seconds
 
 
 @pytest.mark.parametrize(
@@ -1887,9 +1884,10 @@ class Terminal:
 
         self.master, slave = os.openpty()
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-        pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), slave)
         kept = {k: v for k, v in os.environ.items() if not k.startswith("TEMPORAL_")}
-        self.process = subprocess.Popen(words, cwd=cwd, env=kept | environment, **pipes)
+        self.process = subprocess.Popen(
+            words, cwd=cwd, env=kept | environment, preexec_fn=partial(os.login_tty, slave)
+        )
         os.close(slave)
         self.text = ""
 
@@ -1969,7 +1967,7 @@ def test_enter_all_the_way_plays_exercise_1_and_its_crash_is_real(tmp_path: Path
     )
     terminal.play(*((question, "") for question in (r"q \[1\]: ", r"\[customer-123\]: ")))
     terminal.play((r"Amount \[99.99\]: ", "9" * 5000), (r"must be an amount.*\n", "5"))
-    terminal.play((r"Wait seconds \[10\]: ", "6"))
+    terminal.play((r"Wait seconds \[10\]: ", "86400"), (r"must be 2 to 60 seconds.*\n", "6"))
     victim = int(terminal.read_until(r"Enter kills worker (\d+)")[1])
     os.kill(victim, 0)
     terminal.type()
@@ -1980,10 +1978,15 @@ def test_enter_all_the_way_plays_exercise_1_and_its_crash_is_real(tmp_path: Path
     assert terminal.read_until(r"worker (\d+)")[1] == str(victim)
     terminal.read_until(r"requests 1, charged once")
     terminal.read_until(r"\nheld\r\n")
-    terminal.read_until(r"Explain\.")
-    terminal.read_until(r"x  1 ")  # it is marked, and the next one is offered
-    terminal.play((r"q \[2\]: ", "q"))
+    terminal.play((r"Observe\.(?s:.*)Enter goes on: ", ""))
+    terminal.read_until(r"Explain\.(?s:.*)done: 1 · next: 2 charge")
+    terminal.play((r"q \[2\]: ", "?"), (r"x  1 (?s:.*)q \[2\]: ", "q"))
     assert terminal.close() == 0
+    assert store.store_path() != tmp_path / "guided.db"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CHARGE_STORE", store_name)
+        assert store.count("charge-customer-123-500", "killed") == 1
+        assert store.audit() == (1, [])
 
 
 def test_exercise_2_sees_what_a_person_does_in_other_terminals(one_worker: Stage) -> None:
@@ -1998,12 +2001,34 @@ def test_exercise_2_sees_what_a_person_does_in_other_terminals(one_worker: Stage
         one_worker.start_worker()
         terminal.read_until("a new worker starts")
         terminal.read_until("attempt 2")
+        if stop == signal.SIGINT:
+            terminal.play(("Enter places a second charge: ", ""))
     for mark in ("/", "X"):
         terminal.read_until(rf"worker \d+ .*[=-]{mark}")
         terminal.read_until("requests 2, charged once")
     terminal.read_until(r"\nheld\r\n")
-    terminal.play((r"q \[3\]: ", "q"))
+    terminal.play((r"Enter goes on: ", ""), (r"q \[3\]: ", "q"))
     assert terminal.close() == 0
+
+
+@pytest.mark.parametrize(("typed", "code"), [(b"q\n", 1), (b"\x04", 1), (b"\x03", 130)])
+def test_a_person_leaves_a_guided_exercise_in_the_middle_of_a_wait(
+    typed: bytes, code: int, tmp_path: Path
+) -> None:
+    """Nothing of ours stays, and what is not done yet is named."""
+    folder = apart(tmp_path)
+    terminal = Terminal([sys.executable, "starter.py"], cwd=folder)
+    server = terminal.read_until(r"server: ([^,]+),")[1]
+    terminal.play((r"q \[1\]: ", "nobody"), ("Enter begins: ", ""))
+    order = terminal.read_until(r"(order-\w+) is placed")[1]
+    terminal.read_until("waiting until")
+    began = time.monotonic()
+    os.write(terminal.master, typed)
+    terminal.read_until(rf"{order}: not done yet, and kept in temporal\.db")
+    if code == 1:
+        terminal.read_until("exercise 6: you left before its end")
+    assert terminal.close() == code and time.monotonic() - began < 10
+    assert "Traceback" not in terminal.text and not asyncio.run(is_listening(server))
 
 
 def test_what_comes_too_late_is_not_explained_and_the_exercise_is_offered_again(
@@ -2012,8 +2037,10 @@ def test_what_comes_too_late_is_not_explained_and_the_exercise_is_offered_again(
     terminal = guided(one_worker, (r"q \[1\]: ", "charge"), ("Enter begins: ", ""))
     terminal.read_until(r"Enter stops worker")
     terminal.read_until(r"not shown: too late")
-    assert "Explain" not in terminal.text
-    terminal.play((r"q \[2\]: ", "99"), (r"no exercise 99; there are.*", "q"))
+    told = terminal.read_until(r"next: 2 charge(?s:.*)q \[2\]: ")[0]
+    assert "Explain" not in told and "Enter goes on" not in told
+    terminal.type("99")
+    terminal.play((r"no exercise 99; there are.*", "q"))
     assert terminal.close() == 1
 
 
@@ -2025,6 +2052,15 @@ def test_a_second_worker_that_nobody_thought_of_is_named(one_worker: Stage) -> N
     assert int(named) in {worker.pid for worker in one_worker.workers} | {stray.pid}
     terminal.play((r"q \[1\]: ", "q"))
     assert terminal.close() == 1
+
+
+def test_a_line_that_an_exercise_left_in_workflows_is_named(stage: Stage, tmp_path: Path) -> None:
+    edited = changed_copy(tmp_path / "edited", *BUG)
+    shutil.copy(HERE / "README.md", edited)
+    for code, is_named in ((edited, True), (HERE, False)):
+        done = run("starter.py", code=code)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert ("still has a line of exercise 9 or 11" in done.stdout) == is_named
 
 
 @side_by_side
@@ -2244,9 +2280,9 @@ def test_a_narrow_terminal_gets_a_command_whole_on_its_own_line(
     for message in (f"decide: {typed}", f"{'word ' * 20}; see: {typed}"):
         terminal, pipe = io.StringIO(), io.StringIO()
         terminal.isatty = lambda: True  # type: ignore[method-assign]
-        *words, last = fit(message, terminal)
+        *words, last = store.fit(message, terminal).splitlines()
         assert last == typed and max(map(len, words)) < 60
-        assert fit(message, pipe) == [message]
+        assert store.fit(message, pipe) == message
 
 
 def test_all_sixteen_exercises_hold_when_the_machine_plays_them(

@@ -40,7 +40,7 @@ from temporalio.worker import PollerBehaviorSimpleMaximum, Worker
 
 import charge_store as store
 from activities import ORDER_STEPS, SHIPPING_STEPS
-from charge_store import printable, say
+from charge_store import fit, printable, say
 from workflows import (
     ORDERS_QUEUE,
     SHIPPING_QUEUE,
@@ -424,9 +424,10 @@ def run_script(main: Callable[[], int]) -> None:
         be_quiet()
         sys.exit(main())
     except SystemExit as stop:
-        if isinstance(stop.code, str):  # it may hold what came from outside
-            stop.code = printable(stop.code)
-        raise
+        if not isinstance(stop.code, str):
+            raise
+        print(fit(stop.code, sys.stderr), file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)  # what a shell reports after Ctrl+C
     except BrokenPipeError:  # the reader, `head` say, has seen enough
