@@ -221,9 +221,6 @@ def execute(statement: str, *values: Any, synchronous: str = "FULL") -> list[dic
         _turn.release()
 
 
-select = execute
-
-
 def close() -> None:
     """Close the file, so that it can be deleted on Windows too; the next call opens it again."""
     with _turn:

@@ -321,7 +321,7 @@ async def status(client: Client, options: argparse.Namespace) -> int:
 
 def amounts() -> dict[str, str]:
     """Read from the ledger what each order costs."""
-    rows = store.select("SELECT order_id, amount_cents FROM effects")
+    rows = store.execute("SELECT order_id, amount_cents FROM effects")
     return {row["order_id"]: f"{row['amount_cents'] / 100:.2f}" for row in rows}
 
 
@@ -540,7 +540,7 @@ async def history(client: Client, options: argparse.Namespace) -> int:
 
 async def show_lanes(handle: Handle) -> None:
     """Draw an order's life, and print its effects."""
-    rows = store.select("SELECT * FROM events WHERE order_id = ? ORDER BY id", handle.id)
+    rows = store.execute("SELECT * FROM events WHERE order_id = ? ORDER BY id", handle.id)
     bars = find_bars(await read_history(handle), rows, time.time())
     columns = min(79, shutil.get_terminal_size().columns - 1)
     for line in lanes(bars, columns):

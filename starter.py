@@ -438,7 +438,7 @@ def begun(order_id: str, type_: str, times: int = 1) -> bool:
 def payloads(order_id: str, type_: str) -> list[dict[str, Any]]:
     """Read the payloads of an order's events of one type."""
     query = "SELECT payload_json FROM events WHERE order_id = ? AND type = ? ORDER BY id"
-    return [json.loads(row["payload_json"]) for row in store.select(query, order_id, type_)]
+    return [json.loads(row["payload_json"]) for row in store.execute(query, order_id, type_)]
 
 
 def is_edited(*edits: Edit) -> bool:
@@ -1058,7 +1058,7 @@ def warn_of_edits() -> None:
 
 def held() -> set[int]:
     """Read which exercises have held in this ledger."""
-    rows = store.select("SELECT order_id FROM events WHERE type = 'held'")
+    rows = store.execute("SELECT order_id FROM events WHERE type = 'held'")
     return {int(row["order_id"].removeprefix("exercise ")) for row in rows}
 
 
@@ -1202,7 +1202,7 @@ class Crowd:
             self.stage.revive()  # only who lives can be killed
             busy: list[subprocess.Popen[bytes]] = []
             for _ in range(30 if kill % 2 == 0 else 0):
-                rows = store.select(IN_HAND, time.time() - SLOW_SECONDS)
+                rows = store.execute(IN_HAND, time.time() - SLOW_SECONDS)
                 hands = {row["worker"] for row in rows}
                 if busy := [worker for worker in self.stage.workers if worker.pid in hands]:
                     break
@@ -1217,14 +1217,14 @@ class Crowd:
 
     def left(self) -> int:
         """Count the orders that were placed and have no outcome."""
-        return len(self.placed) - len(store.select(OUTCOMES))
+        return len(self.placed) - len(store.execute(OUTCOMES))
 
     def line(self) -> str:
         """Tell how it goes."""
-        told = f"orders {len(store.select(OUTCOMES))}/{len(self.drawn)}"
+        told = f"orders {len(store.execute(OUTCOMES))}/{len(self.drawn)}"
         if self.options.kills:
             told += f" · killed {self.workers_killed} workers, {self.servers_killed} servers"
-        asked, twice = len(store.select(ASKED_AGAIN)), len(store.select(CHARGED_TWICE))
+        asked, twice = len(store.execute(ASKED_AGAIN)), len(store.execute(CHARGED_TWICE))
         return f"{told} · asked more than once {asked} · charged twice {twice}"
 
 
@@ -1234,7 +1234,7 @@ async def run_crowd(options: argparse.Namespace) -> int:
     async with private_stage() as stage:
         crowd = Crowd(stage, options)
         await crowd.run()
-        seconds, ends = time.monotonic() - began, store.select(OUTCOMES)
+        seconds, ends = time.monotonic() - began, store.execute(OUTCOMES)
         states = {row["order_id"]: row["state"] for row in ends}
         told = ", ".join(f"{state} {n}" for state, n in sorted(Counter(states.values()).items()))
         say(f"{seconds:.1f} s, {options.orders / seconds:.1f} orders/s; {told}")
@@ -1249,7 +1249,7 @@ async def run_crowd(options: argparse.Namespace) -> int:
         for line in wrong:
             print(printable(line), file=sys.stderr)
         verdict = "held: no order lost, none charged twice, audit clean"
-        if options.kills and not store.select(ASKED_AGAIN):
+        if options.kills and not store.execute(ASKED_AGAIN):
             verdict = "not shown: no provider was asked more than once"
         if wrong:
             verdict = "NOT HELD"

@@ -124,7 +124,7 @@ def exercises(request: pytest.FixtureRequest) -> Iterator[subprocess.Popen[str] 
 
 
 @pytest.fixture(scope="session")
-def stage() -> Iterator[Stage]:
+def stage(request: pytest.FixtureRequest) -> Iterator[Stage]:
     """Set a stage with a server and a ledger of its own; at the end the audit must be clean."""
     with asyncio.Runner() as runner, pytest.MonkeyPatch.context() as patch:
         context = private_stage()
@@ -133,7 +133,9 @@ def stage() -> Iterator[Stage]:
         yield stage
         orders, violations = store.audit()
         runner.run(context.__aexit__(None, None, None))
-    assert (orders > 0, violations) == (True, [])
+    items: Any = request.session.items
+    placed = any("played" in item.fixturenames for item in items)
+    assert violations == [] and orders >= placed  # of an empty ledger that would say nothing
 
 
 @pytest.fixture(scope="session")
@@ -1664,20 +1666,21 @@ def any_file(folder: Path, pattern: str) -> bool:
 @side_by_side
 def test_who_leaves_at_any_moment_leaves_nothing_behind(stage: Stage) -> None:
     # In the server's start, after it, in the play.
-    seconds = {1: 0, 2: 0.1, 15: 3}
-    for number, line in itertools.product(seconds, ("crash timer", "chaos --kills 5")):
+    lines = (1, 0, "crash timer"), (2, 0.1, "chaos"), (15, 3, "chaos"), (2, 3, "crash timer")
+    for number, seconds, line in lines:
         folder = stage.folder / f"left-{number}-{line[:5]}"
         folder.mkdir()
         pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         pipes |= {"env": os.environ | {"TMPDIR": str(folder)}, "start_new_session": True}
         with subprocess.Popen([sys.executable, "starter.py", *line.split()], **pipes) as starter:
             until(partial(any_file, folder, "orders-*/temporal.db"))
-            time.sleep(seconds[number])
+            time.sleep(seconds)
             for _ in range(2):  # in a hurry, and to its whole group, as a terminal does it
                 os.killpg(starter.pid, number)
                 time.sleep(0.03)
             assert starter.communicate(timeout=LONG)[1] == b""
-        assert starter.returncode == 128 + number
+        # The second may meet a Python that has ended, which a shell calls 128 + number too.
+        assert starter.returncode in (128 + number, -number)
         processes = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True)
         assert str(folder) not in processes.stdout and not any(folder.iterdir())
 
