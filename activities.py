@@ -16,6 +16,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, TypeVar
 
 from temporalio import activity
@@ -29,7 +30,7 @@ log = logging.getLogger("orders")
 FAULTS = {
     "flaky": "the first two attempts fail, the third works: an outage that ends",
     "down": "every attempt fails: an outage that does not end",
-    "hang": "no answer, once, until the timeout of 10 s or a cancel ends it",
+    "hang": "no answer, once, until the timeout of 10 s or, in the story, a cancel ends it",
     "slow": "the effect happens, then the answer takes 5 s",
     "late": "the request reaches the provider 5 s late, once, even if the order was given up",
     "crash-before": "the worker process dies, once, before the effect",
@@ -86,7 +87,7 @@ def is_faults(value: Any) -> bool:
 
 
 ID, ID_RULE = "[A-Za-z0-9._-]{1,100}", "must be 1 to 100 of the characters A-Z a-z 0-9 . _ -"
-# Empty means "pay-" and the order's id: that of the longest id there is has to be valid too.
+# Empty means "pay-" and the order's id: that of the longest order id has to be valid too.
 PAYMENT_ID = "[A-Za-z0-9._-]{0,104}"
 SECONDS_RULE = "must be 0 to 86400 seconds"
 TEXT = like(".{1,200}")
@@ -237,7 +238,8 @@ def charge(order: Order) -> dict[str, Any]:
     """Ask for the charge, unless the card has expired: it is good to the end of its month."""
     month, year = order.card_expiry.split("/")
     today = datetime.now(UTC)
-    if (2000 + int(year), int(month)) < (today.year, today.month):
+    asked = "charge" in [effect["kind"] for effect in store.effects_of(order.order_id)]
+    if not asked and (2000 + int(year), int(month)) < (today.year, today.month):
         raise PaymentDeclined(f"card expired {order.card_expiry}")
     return perform(order, "charge", order.payment_id)
 
@@ -254,10 +256,11 @@ in_thread = activity.defn(no_thread_cancel_exception=True)
 
 
 @in_thread
-def receive_order(order: Order) -> bool:
-    """Write the order down. Return whether it is known, as one that was reset is."""
+def receive_order(order: Order) -> None:
+    """Write the order down, unless its id is another's, or it was undone."""
     contents, undos = asdict(order), [undo.__name__ for undo in UNDOS]
-    return attempt(order, lambda: store.receive(order.order_id, contents, undos), **contents)
+    receive = partial(store.receive, order.order_id, contents, undos)
+    attempt(order, receive, run=activity.info().workflow_run_id, **contents)
 
 
 @in_thread
@@ -292,6 +295,13 @@ def dispatch_carrier(order: Order) -> dict[str, Any]:
 
 
 @in_thread
+def look_back(order: Order) -> bool:
+    """Tell whether another run received the order before."""
+    run = activity.info().workflow_run_id
+    return attempt(order, lambda: store.was_received(order.order_id, but_by=run))
+
+
+@in_thread
 def void_dispatch(order: Order) -> str:
     """Forbid the dispatch. Return "voided", or "dispatched" if it has happened."""
     return attempt(order, lambda: undo(order, "dispatch", order.order_id))
@@ -323,8 +333,9 @@ def record_outcome(order: Order, outcome: dict[str, Any]) -> None:
 
 UNDOS: list[Callable[..., Any]] = [release_inventory, refund_payment, void_dispatch]  # as the steps
 ORDER_STEPS: list[Callable[..., Any]] = [
-    *(receive_order, validate_order, reserve_inventory, charge_payment, *UNDOS),
-    *(record_decision, record_outcome),
+    *(receive_order, validate_order, reserve_inventory, charge_payment),
+    *(look_back, record_decision, record_outcome),
+    *UNDOS,
 ]
 SHIPPING_STEPS: list[Callable[..., Any]] = [prepare_package, dispatch_carrier]
 STEPS = [step.__name__ for step in ORDER_STEPS + SHIPPING_STEPS]

@@ -50,7 +50,7 @@ class PaymentConflict(Exception):
 class OrderGivenUp(Exception):
     """The provider refuses: the effect was undone, or forbidden before it came (a tombstone).
 
-    An order that meets this has FAILED, with this as its type.
+    An order that meets this has FAILED, with this as its type, unless its package has left.
     """
 
 
@@ -134,19 +134,26 @@ def finish(event_id: int, ended: str, seconds: float) -> None:
     )
 
 
-def receive(order_id: str, contents: dict[str, Any], undo_steps: list[str]) -> bool:
-    """Tell whether an order is known: the providers were asked for it before.
+def receive(order_id: str, contents: dict[str, Any], undo_steps: list[str]) -> None:
+    """Refuse an order whose attempt at being received has begun, if the trail says no.
 
     Raises OrderConflict if its id was first used with other contents, OrderGivenUp if one of these
-    steps has begun to undo it: what that does may be on its way.
+    steps has begun to undo it: what that does may still be on its way.
     """
     trail = execute("SELECT * FROM events WHERE order_id = ? ORDER BY id", order_id)
-    first = next((event for event in trail if event["type"] == "receive_order"), None)
-    if first and not json.loads(first["payload_json"]).items() >= contents.items():
+    first = next(event for event in trail if event["type"] == "receive_order")
+    stored = json.loads(first["payload_json"])
+    if any(stored.get(name, value) != value for name, value in contents.items()):
         raise OrderConflict(f"order_id: {order_id} was used before, for another order")
     if any(event["type"] in undo_steps for event in trail):
-        raise OrderGivenUp(f"{order_id} is being undone by another run")
-    return bool(effects_of(order_id))
+        raise OrderGivenUp(f"{order_id} was undone by another run, or is just being undone")
+
+
+def was_received(order_id: str, but_by: str | None) -> bool:
+    """Tell whether another run than this one received the order."""
+    received = "SELECT id FROM events WHERE order_id = ? AND type = 'receive_order'"
+    other = "AND json_extract(payload_json, '$.run') != ?"
+    return bool(execute(f"{received} {other}", order_id, but_by))
 
 
 def count(order_id: str, type_: str) -> int:
@@ -187,8 +194,8 @@ def audit() -> tuple[int, list[str]]:
 
 # The file.
 
-# How long to wait for another writer before the attempt fails, for Temporal to repeat it. More than
-# the heartbeat's second (workflows.py) is of no use: the server has given the attempt up by then.
+# How long to wait for our other threads, and then for other writers, before the attempt fails, for
+# Temporal to repeat it. After the heartbeat's second (workflows.py) the server has given it up.
 PATIENCE_SECONDS = 1
 _turn = threading.RLock()
 _opened: dict[tuple[str, int], sqlite3.Connection] = {}  # at most one, by file name and inode
@@ -248,7 +255,7 @@ def _open(path: Path) -> sqlite3.Connection:
                 raise
             time.sleep(0.01)
     connection.executescript(SCHEMA)
-    # What a killed process wrote last may not be on disk, and to repeat an undo may write nothing.
+    # Flush what a killed process wrote last: to repeat it may change nothing, and so flush nothing.
     connection.execute("PRAGMA wal_checkpoint").fetchone()
     return connection
 

@@ -44,7 +44,7 @@ from temporalio.service import RPCError, RPCStatusCode
 
 import charge_store as store
 from charge_store import fit, printable, say
-from worker import SERVER_DOWN, Parser, command, connect, run_script, web_ui
+from worker import SERVER_DOWN, Parser, command, connect, persist, run_script, web_ui
 from workflows import HEARTBEAT, NOTE_LENGTH, START_TO_CLOSE
 
 Handle = WorkflowHandle[Any, Any]
@@ -94,14 +94,6 @@ class Keyboard:
         if line is None:
             self._lines.put_nowait(None)
         return line
-
-    def forget(self) -> None:
-        """Drop what a person at a terminal typed before being asked; who leaves has left."""
-        while sys.stdin.isatty() and not self._lines.empty():
-            line = self._lines.get_nowait()
-            if line is None or line.lower() == "q":
-                self._lines.put_nowait(line)
-                return
 
     async def ask(self, question: str) -> str | None:
         """Ask, and return the answer, or None at the end of input."""
@@ -376,7 +368,7 @@ async def follow(
         if each_time:
             each_time()
     try:
-        result = await handle.result()
+        result = await persist(handle.result)
     except WorkflowFailureError as error:
         cause: Any = error
         while getattr(cause, "cause", None):

@@ -1127,10 +1127,11 @@ ASKED_AGAIN = "SELECT order_id FROM effects WHERE requests > 1"
 CHARGED_TWICE = """
 SELECT order_id FROM charges WHERE status = 'charged' GROUP BY order_id HAVING count(*) > 1
 """
-# Workers in whose hands a charge or a dispatch is that the provider has done.
+# Workers in whose hands a charge or a dispatch is that the provider has done, asked once so far.
 IN_HAND = """
 SELECT json_extract(payload_json, '$.worker') AS worker FROM events JOIN effects USING (order_id)
 WHERE attempt > 0 AND json_extract(payload_json, '$.ended') IS NULL AND events.ts > ?
+AND requests = 1
 AND (type, kind) IN (VALUES ('charge_payment', 'charge'), ('dispatch_carrier', 'dispatch'))
 """
 

@@ -436,6 +436,15 @@ SCENARIOS: dict[str, Scenario] = {
         SLOW_CHARGE,
         [*APPROVED, ("COMPLETED", "RESET", {"forget": False}), ("CHARGING", "cancel", "")],
     ),
+    "expired, and reset at its very end": Scenario(
+        "EXPIRED", UNPAID, {"review_seconds": 0.5}, [("EXPIRED", "RESET", {"task": -1})]
+    ),
+    "expired, and reset to when it was": Scenario(
+        "EXPIRED",
+        {"charge": "voided", "reservation": "released", "dispatch": "voided"},
+        {"review_seconds": 0.5},
+        [("EXPIRED", "RESET", {"task": -4})],
+    ),
     "reset, and expired": Scenario("COMPLETED", PAID, {"review_seconds": 10}, [*APPROVED, RESET]),
     "reset past its deadline": Scenario(
         "COMPLETED",
@@ -693,7 +702,7 @@ def test_order_ends_as_told(name: str, played: dict[str, Any]) -> None:
 
 # Every fault on every activity. The undo steps need an order that is given up: its packing fails.
 
-UNDO_STEPS = ("void_dispatch", "refund_payment", "release_inventory")
+UNDO_STEPS = ("look_back", "void_dispatch", "refund_payment", "release_inventory")
 GIVEN_UP = {"prepare_package": "down"}
 
 

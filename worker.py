@@ -138,14 +138,13 @@ def client_config() -> dict[str, Any]:
         sys.exit(f"cannot read the Temporal configuration: {printable(error)}")
 
 
-def be_quiet() -> Runtime:
+def be_quiet() -> None:
     """Keep the log lines of the SDK's core from the screen; what is wrong we say ourselves."""
     warnings.filterwarnings("ignore", module="temporalio")
     # Without this pause the SDK can crash while Python exits (sdk-python issue 300).
     atexit.register(time.sleep, 0.1)
     off = LoggingConfig(filter=TelemetryFilter(core_level="ERROR", other_level="ERROR"))
     Runtime.set_default(Runtime(telemetry=TelemetryConfig(logging=off)))
-    return Runtime.default()
 
 
 async def connect() -> Client:
@@ -154,10 +153,11 @@ async def connect() -> Client:
     config |= client_config()
     try:
         return await asyncio.wait_for(Client.connect(**config), 4)
-    except (RuntimeError, ValueError, TimeoutError):
-        address = printable(config["target_host"])
-        start = f"start one in another terminal: {command('worker.py')} server"
-        sys.exit(f"no Temporal server answers at {address}; {start}")
+    except (RuntimeError, ValueError, TimeoutError) as error:
+        address = config["target_host"]
+        why = "" if address == DEFAULT_ADDRESS else f" ({error or 'no answer'})"
+        start = f"to start one at {DEFAULT_ADDRESS}, elsewhere: {command('worker.py')} server"
+        sys.exit(f"no Temporal server answers at {address}{why}; {start}")
 
 
 async def is_listening(address: str) -> bool:
@@ -433,11 +433,11 @@ def run_script(main: Callable[[], int]) -> None:
     except BrokenPipeError:  # the reader, `head` say, has seen enough
         os._exit(0)
     except sqlite3.Error as error:
-        sys.exit(f"{store.store_path()}: {error}; name a writable file in CHARGE_STORE")
+        sys.exit(printable(f"{store.store_path()}: {error}; name a writable file in CHARGE_STORE"))
     except RPCError as error:
         sys.exit(f"the Temporal server refuses: {printable(error)}")
     except OSError as error:  # a full disk behind the output, say
-        sys.exit(f"cannot go on: {error}")
+        sys.exit(printable(f"cannot go on: {error}"))
 
 
 def main() -> int:
@@ -460,7 +460,7 @@ def main() -> int:
     logging.getLogger("temporalio").setLevel(logging.WARNING)
     logging.getLogger("temporalio.activity").setLevel(logging.ERROR)
     logging.raiseExceptions = False  # whoever reads our lines, `head` say, may have seen enough
-    store.count("", "")  # a ledger that cannot be written ends the worker here, not each attempt
+    store.finish(0, "", 0)  # a ledger that cannot be written ends the worker, not each attempt
     try:
         asyncio.run(serve(role))
     except KeyboardInterrupt:

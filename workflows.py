@@ -126,7 +126,7 @@ class OrderWorkflow:
         Raises ApplicationError if it FAILED; its type says why.
         """
         parse_order(raw, workflow.info().workflow_id)  # raises what is wrong with it
-        # Not a part of the story: no cancel stops it, as the ending must know what it says.
+        # In a task of its own, so that no cancel stops it: the order may be refused as another's.
         attempts = self._order.max_attempts
         received = asyncio.create_task(run_activity(step.receive_order, attempts, self._order))
         self._story = asyncio.current_task()
@@ -247,8 +247,7 @@ class OrderWorkflow:
                     task_queue=SHIPPING_QUEUE,
                     # A shipping worker that is down holds up no cancel and no deadline.
                     cancellation_type=workflow.ChildWorkflowCancellationType.TRY_CANCEL,
-                    # After a reset the child of the run before may still be there. (Children have
-                    # no conflict policy in this SDK, which is what clients take for this.)
+                    # After a reset the child of the run before may still be there.
                     id_reuse_policy=WorkflowIDReusePolicy.TERMINATE_IF_RUNNING,
                     static_summary=f"Ship to {self._address}",
                 )
@@ -279,27 +278,27 @@ class OrderWorkflow:
         return "FAILED", ApplicationError(problem, type="OrderGivenUp")
 
     async def _settle(
-        self, received: asyncio.Task[bool], state: str, failure: ApplicationError | None
+        self, received: asyncio.Task[None], state: str, failure: ApplicationError | None
     ) -> str:
         """Undo what was begun, unless all is done, and write down how it ended, last of all."""
-        self._ending, info = True, workflow.info()
-        try:
-            # Known to the ledger, or reset: who knows what a run before this one has done?
-            known = await received or info.run_id != info.first_execution_run_id
-        except ActivityError as error:
-            known, (state, failure) = True, self._why(error)
-        if failure and failure.type == "OrderConflict":
-            self._show("FAILED")
-            raise failure  # its id is another order's, whose trail and effects stay as they are
+        self._ending = True
         if state != "COMPLETED":
             self._last_error = failure.message if failure else self._last_error
             self._show("COMPENSATING")
-            if not await self._compensate(step.UNDOS if known else self._undos):
+            try:
+                await received
+            except ActivityError as error:
+                _, refusal = self._why(error)
+                if refusal and refusal.type == "OrderConflict":
+                    self._show("FAILED")
+                    raise refusal from None  # another order's id: its effects and outcome stay
+            if not await self._compensate():
                 state, failure, self._last_error = "COMPLETED", None, ""
         while self._writer and not self._writer.done():
             await self._writer
         self._closed = True
-        outcome: dict[str, Any] = {"type": "outcome", "state": state, "run": info.run_id}
+        run_id = workflow.info().run_id  # as a reset order has an outcome for each run
+        outcome: dict[str, Any] = {"type": "outcome", "state": state, "run": run_id}
         if failure:
             outcome["reason"] = f"{failure.type}: {failure.message}"
         if self._messages > NOTES_KEPT:
@@ -310,11 +309,12 @@ class OrderWorkflow:
             raise failure
         return state
 
-    async def _compensate(self, undos: list[Activity]) -> bool:
+    async def _compensate(self) -> bool:
         """Undo, last first, each until done; return False if the package has left: then nothing."""
-        for undo in reversed(undos):
-            left = await run_activity(undo, 0, self._order) == "dispatched"
-            if undo is step.void_dispatch and left:
+        # Before a reset, or before the server forgot it, a run did what this one does not know of.
+        was_before = await run_activity(step.look_back, 0, self._order)
+        for undo in reversed(step.UNDOS if was_before else self._undos):
+            if await run_activity(undo, 0, self._order) == "dispatched":
                 return False  # the point of no return
         return True
 
