@@ -30,12 +30,7 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from temporalio.client import (
-    Client,
-    WorkflowExecutionStatus,
-    WorkflowFailureError,
-    WorkflowHandle,
-)
+from temporalio.client import Client, WorkflowFailureError
 from temporalio.common import WorkflowIDReusePolicy
 from temporalio.exceptions import ApplicationError, WorkflowAlreadyStartedError
 from temporalio.service import RPCError, RPCStatusCode
@@ -56,6 +51,7 @@ from worker import (
     client_config,
     command,
     connect,
+    environment,
     is_listening,
     is_process,
     kill_command,
@@ -101,7 +97,7 @@ async def place(options: argparse.Namespace) -> int:
             await start(client, kind, raw)
             say(f"{order.order_id} started: {order.customer_id}, {order.amount_cents / 100:.2f}")
         except WorkflowAlreadyStartedError:
-            if (await handle.describe()).status != WorkflowExecutionStatus.RUNNING:
+            if (await handle.describe()).status != signals.RUNNING:
                 sys.exit(
                     f"{order.order_id} has finished already: nothing was started; see: "
                     f"{command('signals.py')} events {order.order_id}"
@@ -121,7 +117,7 @@ async def place(options: argparse.Namespace) -> int:
 
 async def start(
     client: Client, kind: Kind, raw: dict[str, Any], once: bool = False, **options: Any
-) -> WorkflowHandle[Any, Any]:
+) -> signals.Handle:
     """Start a workflow on an order. An order id is used once; a charge may be asked for again."""
     policy = WorkflowIDReusePolicy.REJECT_DUPLICATE
     if kind is ChargeWorkflow and not once:
@@ -226,7 +222,8 @@ async def timer(t: "Player") -> None:
     t.show(killed < end, "the worker died only when the wait was over")
     t.show(started < end, "another worker was started only when the wait was over")
     should, took = t.orders[order]["wait_seconds"], end - begin
-    t.check(took < should + 1.5, f"the wait should take {should:g} s, took {took:.1f} s")
+    t.show(took < should + 1, f"a busy server fired the timer of {should:g} s after {took:.1f} s")
+    t.tell(f"the wait should take {should:g} s, took {took:.1f} s")
 
 
 async def charge(t: "Player") -> None:
@@ -364,7 +361,7 @@ async def late(t: "Player") -> None:
         await t.send("cancel", order)
         t.show("ended" not in payloads(order, step)[0], "it arrived before the cancel")
     arrived = {"charge": 1, "dispatch": 1}
-    await t.ends(charging, "CANCELLED", VOIDED, asked=arrived)
+    await t.ends(charging, "CANCELLED", VOIDED, within=6, asked=arrived)
     await t.ends(shipping, "CANCELLED", UNDONE, within=6, asked=arrived)
 
 
@@ -391,6 +388,7 @@ async def no_key(t: "Player") -> None:
     await t.kill()
     await t.start()
     await t.until("the order has ended", t.ended, order)
+    t.in_time(6.5)
     t.show(store.count(order, "charge_payment") >= 2, "there was no second attempt")
     charges = [row for row in store.effects_of(order) if row["kind"] == "charge"]
     t.check(len(charges) == 2, "charged twice")
@@ -636,6 +634,7 @@ class Player:
     async def ended(self, order_id: str) -> bool:
         """Tell whether an order has ended."""
         if (await self.handle(order_id).describe()).status == signals.RUNNING:
+            self.running.add(order_id)  # once more, after a reset
             return False
         self.running.discard(order_id)
         return True
@@ -646,9 +645,8 @@ class Player:
 
     async def has_come(self, order_id: str, name: str) -> bool:
         """Tell whether a signal stands in an order's history."""
-        events = [event async for event in self.handle(order_id).fetch_history_events()]
-        signalled = [event.workflow_execution_signaled_event_attributes for event in events]
-        return name in [attributes.signal_name for attributes in signalled]
+        events = await signals.read_history(self.handle(order_id))
+        return name in [event.a.signal_name for event in events if event.kind == "SIGNALED"]
 
     async def code_fails(self, order_id: str, why: str) -> bool:
         """Tell whether the workflow task fails in our code, for this reason."""
@@ -669,16 +667,14 @@ class Player:
             worker.poll()  # else a dead child of ours would still be there, as a zombie
         return not is_process(pid)
 
-    async def server_is_dead(self, dead: bool = True) -> bool:
-        """Tell whether nothing listens where the server was, or, dead=False, something does."""
-        return await is_listening(self.stage.address) != dead
+    async def server_is_dead(self) -> bool:
+        """Tell whether nothing listens where the server was."""
+        return not await is_listening(self.stage.address)
 
     async def timer_of(self, order_id: str) -> list[float]:
         """Read when an order's first timer began and fired, as Unix times, as far as it has."""
-        kinds = [f"timer_{kind}_event_attributes" for kind in ("started", "fired")]
-        events = [event async for event in self.handle(order_id).fetch_history_events()]
-        timers = [event for event in events if event.WhichOneof("attributes") in kinds]
-        return [event.event_time.ToNanoseconds() / 1e9 for event in timers[:2]]
+        events = await signals.read_history(self.handle(order_id))
+        return [event.at for event in events if event.kind in ("TIMER_STARTED", "TIMER_FIRED")][:2]
 
     async def pollers(self) -> list[int]:
         """List the living processes on this machine that ask for work; empty without a server.
@@ -718,7 +714,7 @@ class Player:
         await self.do_it(act)
         self.note("killed" if hard else "stopped", worker=pid)
         for other in await self.pollers():
-            alone = f"worker {other}, which nobody thought of, serves {ORDERS_QUEUE} too"
+            alone = f"worker {other}, which nobody thought of, serves orders or shipping too"
             raise Verdict(f"not shown: {alone}: stop it first")
 
     async def end(self, pid: int, hard: bool) -> None:
@@ -764,8 +760,10 @@ class Player:
         act.elsewhere, act.done = f"edit {file} and save it", partial(is_edited, change)
         if change == AS_IT_WAS:
             act.enter, act.told = "undoes the change", f"{file} is as it was"
-            act.done = lambda: not is_edited(BUG, CHECKED, PATCHED)
+            act.done = lambda: not is_edited(BUG, CHECKED)
         await self.do_it(act)
+        if change == AS_IT_WAS:
+            warn_of_edits()  # of who edited by hand what Enter changes in a copy
 
     async def kill_server(self) -> None:
         """Kill the server."""
@@ -781,7 +779,7 @@ class Player:
         """Start the server on the same file."""
         act = Act("starts it again", "the server lives", self.stage.start_server)
         act.elsewhere = f"{command('worker.py')} server"
-        act.done = partial(self.server_is_dead, False)
+        act.done = partial(is_listening, self.stage.address)
         await self.do_it(act)
         self.note("server", state="lives")
 
@@ -798,15 +796,17 @@ class Player:
             program, typed = [temporal_binary() or first], line
 
         async def do() -> str:
-            environment = os.environ | {"TEMPORAL_ADDRESS": self.stage.address}
             pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-            pipes |= {"stdin": subprocess.DEVNULL, "env": environment}
+            pipes |= {"stdin": subprocess.DEVNULL}
+            pipes |= {"env": environment(self.stage.address)} if self.ours else {}
             process = await asyncio.create_subprocess_exec(*program, *words, **pipes)
-            return (await process.communicate())[0].decode().strip()
+            said = (await process.communicate())[0].decode().strip()
+            self.show(not sight or process.returncode == 0, said)
+            return said
 
-        act = Act("runs this", "", do, typed, hurry=True)
-        if sight:
-            act.done = partial(sight, *given)
+        act = Act(f"runs this:\n{typed}", "", do, hurry=True)
+        if sight:  # which tells whether it was done elsewhere
+            act.enter, act.typed, act.done = "runs this", typed, partial(sight, *given)
         said = str(await self.do_it(act) or "it is done")
         self.tell(said.splitlines()[-1])
         if sight:
@@ -823,15 +823,14 @@ class Player:
         within: float = 0,
         asked: dict[str, int] | None = None,
     ) -> None:
-        """Wait for an order's end; it must be this one, within so many seconds of the last act.
+        """Wait for an order's end and its ledger; both must be so within seconds of the last act.
 
         `effects` are the statuses that the ledger must show, `asked` the least requests.
         """
         await self.until("", self.ended, order_id)
-        took = time.time() - self.since
         result = await persist(partial(end_of, self.handle(order_id)))
         self.check(result == end, f"{order_id} has ended: {end}", f"{order_id} ended {result}")
-        for _ in range(100):  # what comes late comes within 5 s
+        for _ in range(100):  # 10 s: what comes late comes within 5
             rows = store.effects_of(order_id)
             fit = sorted((row["kind"], row["status"]) for row in rows) == sorted(effects.items())
             rare = [row for row in rows if row["requests"] < (asked or {}).get(row["kind"], 0)]
@@ -842,10 +841,15 @@ class Player:
         if not fit:
             raise Verdict(f"NOT HELD: the ledger has {ledger}, should be: {effects}")
         self.show(not rare, f"a provider was not asked again: {ledger}")
-        if within:  # a busy machine takes longer, and what hangs longer still
-            slower = ", slower: a busy machine" if took > within else ""
-            should = f"should take {within:g} s, took {took:.1f} s{slower}"
-            self.check(self.by_hand or took < within + 15, should)
+        if within:
+            self.in_time(within)
+
+    def in_time(self, within: float) -> None:
+        """Tell how long it took since the last act; what hangs takes much longer than it should."""
+        took = time.time() - self.since
+        slower = ", slower: a busy machine" if took > within else ""
+        should = f"should take {within:g} s, took {took:.1f} s{slower}"
+        self.check(self.by_hand or took < within + 15, should)
 
     def check(self, held: bool, words: str, instead: str = "") -> None:
         """Tell what is as it must be, or end the exercise with what is there instead."""
@@ -1052,7 +1056,7 @@ async def run_prompts(_: argparse.Namespace) -> int:
 
 def warn_of_edits() -> None:
     """Warn if a line of an exercise was left in workflows.py."""
-    if is_edited(BUG, CHECKED, PATCHED):
+    if is_edited(BUG, CHECKED):
         say("workflows.py still has a line of exercise 9 or 11: take it out, or orders stop there")
 
 
@@ -1156,6 +1160,7 @@ class Crowd:
         work = [asyncio.create_task(self.place_all()), asyncio.create_task(self.kill_some())]
         # A second an order is ten times what it costs; what is not done then is lost.
         end = time.monotonic() + 120 + 2 * self.options.wait_seconds + self.options.orders
+        end += 8 * self.options.kills  # each waits up to 5.5 s for its moment
         screen = Screen()
         try:
             while time.monotonic() < end and (self.left() or not all(t.done() for t in work)):

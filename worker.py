@@ -256,11 +256,10 @@ class Stage:
 
     def start_worker(self, role: str = "all", code: Path = HERE) -> subprocess.Popen[bytes]:
         """Start a worker process, from our scripts or from a changed copy of them."""
-        kept = {name: v for name, v in os.environ.items() if not name.startswith("TEMPORAL_")}
         with open(self.logs or os.devnull, "ab") as log:
             worker = start_apart(
                 [sys.executable, str(code / "worker.py"), role],
-                env=kept | {"TEMPORAL_ADDRESS": self.address},
+                env=environment(self.address),
                 stdout=log if self.logs else None,
                 stderr=log if self.logs else None,
             )
@@ -295,6 +294,12 @@ class Stage:
         for worker in list(self.workers):
             self.kill_worker(worker)
         await self.kill_server()
+
+
+def environment(address: str) -> dict[str, str]:
+    """Have a process talk to this server, whatever the environment says of another one."""
+    kept = {name: v for name, v in os.environ.items() if not name.startswith("TEMPORAL_")}
+    return kept | {"TEMPORAL_ADDRESS": address}
 
 
 def start_apart(words: list[str], **options: Any) -> subprocess.Popen[bytes]:
@@ -335,18 +340,6 @@ async def private_stage() -> AsyncIterator[Stage]:
             await stage.close()
             store.close()
             os.environ["CHARGE_STORE"] = ledger
-
-
-def changed_copy(folder: Path, file: str, text: str, instead: str) -> Path:
-    """Copy our scripts with one text in one file changed."""
-    folder.mkdir()
-    for script in HERE.glob("*.py"):
-        shutil.copy(script, folder)
-    source = (folder / file).read_text(encoding="utf-8")
-    if source.count(text) != 1:
-        raise AssertionError(f"{file} has {text!r} {source.count(text)} times")
-    (folder / file).write_text(source.replace(text, instead), encoding="utf-8")
-    return folder
 
 
 def is_process(pid: int) -> bool:
