@@ -68,7 +68,16 @@ from temporalio.service import RPCError, RPCStatusCode
 from temporalio.worker import Replayer, Worker
 
 import charge_store as store
-from activities import FAULTS, ORDER_STEPS, RULES, STEPS, Order, parse_order
+from activities import (
+    FAULTS,
+    ORDER_STEPS,
+    RULES,
+    STEPS,
+    Order,
+    PaymentDeclined,
+    charge,
+    parse_order,
+)
 from signals import Bar, Event, Handle, find_bars, lanes, offer, read_events
 from starter import (
     BUG,
@@ -1001,6 +1010,16 @@ def test_a_key_of_another_order_customer_or_amount_charges_and_refunds_nothing(
     assert store.undo(*other) == "not ours"
     assert store.perform(*CHARGE) == first | {"requests": 3}
     assert [store.undo(*CHARGE), store.undo(*other)] == ["refunded", "not ours"]
+
+
+def test_a_card_that_expires_between_two_attempts_does_not_change_the_answer(
+    empty_store: None,
+) -> None:
+    order = parse_order({"order_id": "o", "card_expiry": "12/20"}, "o")
+    with pytest.raises(PaymentDeclined):
+        charge(order)
+    store.perform("charge", order.payment_id, "o", order.customer_id, order.amount_cents)
+    assert charge(order)["requests"] == 2
 
 
 @pytest.mark.parametrize(("kind", "undone"), UNDONE)
