@@ -666,7 +666,7 @@ def lanes(bars: list[Bar], columns: int = 79) -> list[str]:
     margin = " " * LABEL
     lines = [f"{lane[: LABEL - 1]:{LABEL}}{''.join(drawn[lane])}".rstrip() for lane in drawn]
     words = textwrap.wrap("   ".join(legend), width)
-    return [margin + clock, *lines, *(margin + line for line in words)]
+    return [margin + clock.rstrip(), *lines, *(margin + line for line in words)]
 
 
 def write_name(lane: list[str], name: str, begin: int, end: int) -> None:
@@ -704,15 +704,18 @@ def time_scale(bars: list[Bar], width: int) -> tuple[Callable[[float], int], lis
         if b not in shortened:
             for n in range(ceil((b - moments[0]) / step), floor((e - moments[0]) / step) + 1):
                 labels.setdefault(place[b] + n * step - (b - moments[0]), n * step)
-    clock = ""
-    for at, seconds in sorted(labels.items()):
+    clock, told = [" "] * width, set[str]()
+    # What was shortened must be told, if need be a little to the left; else where there is room.
+    for at in sorted(labels, key=lambda at: (at > 0 and at not in jumps, at)):
+        seconds, column = labels[at], round(at * columns_a_second)
         text = f"{round(seconds, 2):g} s" if seconds < 120 else f"{round(seconds / 60, 1):g} min"
-        column, last = round(at * columns_a_second), width - len(text)
-        if at in jumps:  # this one must be told, if need be a little to the left
-            column = min(column, last)
-        if not clock or len(clock) + 2 <= column <= last:
-            clock = clock.ljust(column) + text
-    return lambda moment: round(place[moment] * columns_a_second), shortened, clock
+        column = min(column, width - len(text)) if at in jumps else column
+        end = column + len(text)
+        room = clock[max(0, column - 2) : end + 2]
+        if end <= width and text not in told and not "".join(room).strip():
+            clock[column:end] = text
+            told.add(text)
+    return lambda moment: round(place[moment] * columns_a_second), shortened, "".join(clock)
 
 
 # The command line.
