@@ -550,7 +550,7 @@ MARKS = {
     "X": "its worker died",
     "x": "failed",
     "?": "the code failed",
-    "/": "stopped",
+    "/": "told to stop",
     "!": "message",
     ">": "goes on",
     "|": "end",

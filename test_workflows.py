@@ -2212,8 +2212,8 @@ worker 2                        charge ======|
 Temporal       wait =========================|
 worker 1       -              /
 worker 2                                     -
-               / stopped   | end   - ran the
-               code""",
+               / told to stop   | end   - ran
+               the code""",
     ),
     "nobody followed the dead worker up yet": (
         [ran(1, 0)],
