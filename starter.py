@@ -222,8 +222,7 @@ async def timer(t: "Player") -> None:
     t.show(killed < end, "the worker died only when the wait was over")
     t.show(started < end, "another worker was started only when the wait was over")
     should, took = t.orders[order]["wait_seconds"], end - begin
-    t.show(took < should + 1, f"a busy server fired the timer of {should:g} s after {took:.1f} s")
-    t.tell(f"the wait should take {should:g} s, took {took:.1f} s")
+    t.check(took < should + 1.5, f"the wait should take {should:g} s, took {took:.1f} s")
 
 
 async def charge(t: "Player") -> None:
