@@ -9,14 +9,11 @@ in an `async def` would freeze the whole worker.
 import logging
 import os
 import re
-import sqlite3
 import time
-import zlib
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
-from functools import partial
+from random import Random
 from typing import Any, TypeVar
 
 from temporalio import activity
@@ -38,6 +35,7 @@ FAULTS = {
     "random": "one third fails, one third hangs, one third works; the same order draws the same",
 }
 SLOW_SECONDS = 5  # long enough to kill the worker by hand in the middle of a charge
+BEAT_SECONDS = 0.1  # a waiting activity says so often that it lives, and looks whether to stop
 
 
 class PaymentDeclined(Exception):
@@ -62,22 +60,14 @@ class Order:
     simulate: dict[str, str] = field(default_factory=dict)  # {step: fault}
 
 
-# The rule of each field: a test of its value, and how to say what it must be.
-
-
 def like(pattern: str) -> Callable[[Any], bool]:
     """Make a test for text that is wholly like the pattern."""
     return lambda value: isinstance(value, str) and bool(re.fullmatch(pattern, value, re.DOTALL))
 
 
-def whole(low: int, high: int) -> Callable[[Any], bool]:
-    """Make a test for a whole number in range; True is not a number."""
-    return lambda value: type(value) is int and low <= value <= high
-
-
-def is_seconds(value: Any) -> bool:
-    """Tell whether the value is a duration of at most a day; NaN and infinity are not."""
-    return type(value) in (int, float) and 0 <= value <= 86_400
+def number(low: int, high: int, *types: type) -> Callable[[Any], bool]:
+    """Make a test for a number in range; True is none, and NaN and infinity are in no range."""
+    return lambda value: type(value) in types and low <= value <= high
 
 
 def is_faults(value: Any) -> bool:
@@ -87,22 +77,22 @@ def is_faults(value: Any) -> bool:
 
 
 ID, ID_RULE = "[A-Za-z0-9._-]{1,100}", "must be 1 to 100 of the characters A-Z a-z 0-9 . _ -"
-# Empty means "pay-" and the order's id: that of the longest order id has to be valid too.
-PAYMENT_ID = "[A-Za-z0-9._-]{0,104}"
-SECONDS_RULE = "must be 0 to 86400 seconds"
+SECONDS, SECONDS_RULE = number(0, 86_400, int, float), "must be 0 to 86400 seconds"
 TEXT = like(".{1,200}")
+# Of each field: a test of its value, and how to say what it must be.
 RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "order_id": (like(f"{ID}|charge-{ID}-[0-9]{{1,9}}"), ID_RULE),
     "customer_id": (like(ID), ID_RULE),
-    "amount_cents": (whole(1, 100_000_000), "must be 1 to 100000000 whole cents"),
-    "payment_id": (like(PAYMENT_ID), ID_RULE.replace("100", "104")),
+    "amount_cents": (number(1, 100_000_000, int), "must be 1 to 100000000 whole cents"),
+    # Empty means "pay-" and the order's id: that of the longest order id has to be valid too.
+    "payment_id": (like("[A-Za-z0-9._-]{0,104}"), ID_RULE.replace("100", "104")),
     "address": (lambda v: TEXT(v) and not v.isspace(), "must be 1 to 200 characters, not blank"),
     "card_expiry": (like("(0[1-9]|1[0-2])/[0-9]{2}"), "must be a month and a year like 12/30"),
-    "wait_seconds": (is_seconds, SECONDS_RULE),
+    "wait_seconds": (SECONDS, SECONDS_RULE),
     "review": (like("person|timer"), "must be person or timer"),
-    "review_seconds": (lambda value: value is None or is_seconds(value), SECONDS_RULE),
-    "deadline_seconds": (is_seconds, SECONDS_RULE),
-    "max_attempts": (whole(0, 100), "must be 0 (no limit) to 100"),
+    "review_seconds": (lambda value: value is None or SECONDS(value), SECONDS_RULE),
+    "deadline_seconds": (SECONDS, SECONDS_RULE),
+    "max_attempts": (number(0, 100, int), "must be 0 (no limit) to 100"),
     "simulate": (is_faults, "must be {step: fault} with known names (starter.py order --help)"),
 }
 
@@ -120,10 +110,9 @@ def parse_order(raw: Any, workflow_id: str, charge: bool = False) -> Order:
     """
     if not isinstance(raw, dict) or "order_id" not in raw:
         raise invalid(f"order_id: missing; an order is a JSON object, not {ascii(raw)[:80]}")
-    if unknown := raw.keys() - RULES.keys():
-        raise invalid(
-            f"{ascii(min(unknown, key=str))[:80]}: unknown field, must be of {', '.join(RULES)}"
-        )
+    for name in raw:
+        if name not in RULES:
+            raise invalid(f"{ascii(name)[:80]}: unknown field, must be of {', '.join(RULES)}")
     order = Order(**raw)
     for name, (is_valid, rule) in RULES.items():
         value = getattr(order, name)
@@ -140,12 +129,6 @@ def parse_order(raw: Any, workflow_id: str, charge: bool = False) -> Order:
         payment_id=order.payment_id or f"pay-{order.order_id}",
         review_seconds=window if order.review_seconds is None else order.review_seconds,
     )
-
-
-# An attempt at an activity, and what may go wrong with it.
-
-# How often a waiting activity says that it is alive, and looks whether it shall stop.
-BEAT_SECONDS = 0.1
 
 
 def attempt(order: Order, effect: Callable[[], T], doing: str = "", **payload: Any) -> T:
@@ -166,8 +149,7 @@ def attempt(order: Order, effect: Callable[[], T], doing: str = "", **payload: A
         log.info("%s for %s failed (attempt %d): %s", doing, order.order_id, number, error)
         raise
     finally:
-        with suppress(sqlite3.Error):  # a refusal must reach Temporal although the ledger is locked
-            store.finish(event, ended, time.monotonic() - started)
+        store.finish(event, ended, time.monotonic() - started)
     if fault == "crash-after" and claim(order, step, fault):
         crash(order, step)
     return result
@@ -190,15 +172,13 @@ def fail_before(order: Order, step: str, fault: str) -> None:
 def draw(order: Order, step: str) -> str:
     """Draw a fault from what is the same when the order is played again: id, step, attempt."""
     begun = store.count(order.order_id, step)
-    number = zlib.crc32(f"{order.order_id} {step} {begun}".encode())
-    return ("down", f"hang at attempt {begun}", "")[number % 3]
+    draws = ["down", f"hang at attempt {begun}", ""]
+    return Random(f"{order.order_id} {step} {begun}").choice(draws)
 
 
 def claim(order: Order, step: str, fault: str) -> bool:
-    """Claim a fault that fires once per order and step; return whether nobody had it before.
-
-    The attempt number would not do: another order's crash may have used up the first attempt.
-    """
+    """Claim a fault that fires once per order and step; return whether nobody had it before."""
+    # The attempt's number would not do: another order's crash may have used up the first one.
     return store.note(order.order_id, "fault", {step: fault})
 
 
@@ -222,8 +202,7 @@ def perform(order: Order, kind: str, key: str) -> dict[str, Any]:
     """Ask the provider for an effect and say when it had been done before."""
     receipt = store.perform(kind, key, order.order_id, order.customer_id, order.amount_cents)
     if receipt["requests"] > 1:
-        again = "already %s: same receipt (requests %d) for %s"
-        log.info(again, receipt["status"], receipt["requests"], order.order_id)
+        log.info("already %s: same receipt (requests %d)", receipt["status"], receipt["requests"])
     return receipt
 
 
@@ -250,7 +229,6 @@ def undo(order: Order, kind: str, key: str) -> str:
 
 
 # The activities. Their first sentences are what Temporal's Web UI calls them.
-
 # No exception is thrown into a thread: it could hit the logging module while that holds its lock.
 in_thread = activity.defn(no_thread_cancel_exception=True)
 
@@ -259,8 +237,8 @@ in_thread = activity.defn(no_thread_cancel_exception=True)
 def receive_order(order: Order) -> None:
     """Write the order down, unless its id is another's, or it was undone."""
     contents, undos = asdict(order), [undo.__name__ for undo in UNDOS]
-    receive = partial(store.receive, order.order_id, contents, undos)
-    attempt(order, receive, run=activity.info().workflow_run_id, **contents)
+    run_id = activity.info().workflow_run_id
+    attempt(order, lambda: store.receive(order.order_id, contents, undos), run=run_id, **contents)
 
 
 @in_thread
@@ -296,9 +274,9 @@ def dispatch_carrier(order: Order) -> dict[str, Any]:
 
 @in_thread
 def look_back(order: Order) -> bool:
-    """Tell whether another run received the order before."""
-    run = activity.info().workflow_run_id
-    return attempt(order, lambda: store.was_received(order.order_id, but_by=run))
+    """Tell whether another run received the order before, unless its id is another's."""
+    run_id = activity.info().workflow_run_id or ""
+    return attempt(order, lambda: store.look_back(order.order_id, asdict(order), run_id))
 
 
 @in_thread
@@ -327,15 +305,14 @@ def record_decision(order: Order, notes: list[dict[str, Any]]) -> None:
 
 @in_thread
 def record_outcome(order: Order, outcome: dict[str, Any]) -> None:
-    """Write down how the order ended."""
-    attempt(order, lambda: write(order, [outcome]), f"recording {outcome['state']}")
+    """Write down how this run ended: an order that was reset has an outcome for each."""
+    note = {"type": "outcome", "run": activity.info().workflow_run_id, **outcome}
+    attempt(order, lambda: write(order, [note]), f"recording {outcome['state']}")
 
 
-UNDOS: list[Callable[..., Any]] = [release_inventory, refund_payment, void_dispatch]  # as the steps
-ORDER_STEPS: list[Callable[..., Any]] = [
-    *(receive_order, validate_order, reserve_inventory, charge_payment),
-    *(look_back, record_decision, record_outcome),
-    *UNDOS,
-]
-SHIPPING_STEPS: list[Callable[..., Any]] = [prepare_package, dispatch_carrier]
+Steps = list[Callable[..., Any]]
+UNDOS: Steps = [release_inventory, refund_payment, void_dispatch]  # in the order of the steps
+ORDER_STEPS: Steps = [receive_order, validate_order, reserve_inventory, charge_payment, *UNDOS]
+ORDER_STEPS += [look_back, record_decision, record_outcome]
+SHIPPING_STEPS: Steps = [prepare_package, dispatch_carrier]
 STEPS = [step.__name__ for step in ORDER_STEPS + SHIPPING_STEPS]

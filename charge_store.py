@@ -137,23 +137,24 @@ def finish(event_id: int, ended: str, seconds: float) -> None:
 def receive(order_id: str, contents: dict[str, Any], undo_steps: list[str]) -> None:
     """Refuse an order whose attempt at being received has begun, if the trail says no.
 
-    Raises OrderConflict if its id was first used with other contents, OrderGivenUp if one of these
-    steps has begun to undo it: what that does may still be on its way.
+    Raises OrderConflict as look_back() does, OrderGivenUp if one of these steps has begun to undo
+    it: what that does may still be on its way.
     """
-    trail = execute("SELECT * FROM events WHERE order_id = ? ORDER BY id", order_id)
-    first = next(event for event in trail if event["type"] == "receive_order")
-    stored = json.loads(first["payload_json"])
-    if any(stored.get(name, value) != value for name, value in contents.items()):
-        raise OrderConflict(f"order_id: {order_id} was used before, for another order")
-    if any(event["type"] in undo_steps for event in trail):
+    look_back(order_id, contents, "")
+    if any(count(order_id, step) for step in undo_steps):
         raise OrderGivenUp(f"{order_id} was undone by another run, or is just being undone")
 
 
-def was_received(order_id: str, but_by: str | None) -> bool:
-    """Tell whether another run than this one received the order."""
-    received = "SELECT id FROM events WHERE order_id = ? AND type = 'receive_order'"
-    other = "AND json_extract(payload_json, '$.run') != ?"
-    return bool(execute(f"{received} {other}", order_id, but_by))
+def look_back(order_id: str, contents: dict[str, Any], run_id: str) -> bool:
+    """Tell whether another run than this one received the order.
+
+    Raises OrderConflict if its id was first used with other contents.
+    """
+    received = "SELECT payload_json FROM events WHERE order_id = ? AND type = 'receive_order'"
+    runs = [json.loads(row["payload_json"]) for row in execute(f"{received} ORDER BY id", order_id)]
+    if runs and runs[0] | contents != runs[0]:
+        raise OrderConflict(f"order_id: {order_id} was used before, for another order")
+    return any(run.get("run") != run_id for run in runs)
 
 
 def count(order_id: str, type_: str) -> int:

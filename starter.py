@@ -179,7 +179,7 @@ PATIENT: dict[str, Any] = {
 BRIEF = {"task_timeout": timedelta(seconds=1)}
 # Edits, in the words of README.md: a file, a line in it, and what shall stand there instead.
 Edit = tuple[str, str, str]
-REVIEW = "            await self._review()\n"
+REVIEW = "            state = await self._review()\n"
 CHECK = '            await self._do(step.validate_order, "VALIDATING")\n'
 ENTER = '        self._enter("AWAITING_REVIEW")\n'
 BUG = ("workflows.py", ENTER, '        raise RuntimeError("a bug")\n' + ENTER)

@@ -7,11 +7,10 @@ each time: no clock, no random numbers, no files, no ledger. All of that is in a
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from datetime import timedelta
-from math import inf
 from typing import Any
 
 from temporalio import workflow
@@ -86,10 +85,6 @@ class ChargeWorkflow:
         return dict(await run_activity(step.charge_payment, order.max_attempts, order))
 
 
-class Ended(Exception):
-    """The story is over early, but nothing is wrong: REJECTED or EXPIRED."""
-
-
 @workflow.defn
 class OrderWorkflow:
     """An order: received, validated, reserved, reviewed, charged, shipped; or undone."""
@@ -100,7 +95,7 @@ class OrderWorkflow:
         # the input is for run() to raise: raised here it would fail the workflow task.
         self._order = Order(workflow.info().workflow_id)
         self._state, self._last_error = "RECEIVING", ""
-        self._closed = False  # nothing more may be written down
+        self._ending = self._closed = False  # closed: nothing more may be written down
         try:
             self._order = parse_order(raw, workflow.info().workflow_id)
         except ApplicationError as error:
@@ -111,42 +106,41 @@ class OrderWorkflow:
         self._shipping_attempts = 0
         self._undos: list[Activity] = []
         self._seconds_left = self._order.deadline_seconds
-        self._due = inf  # when the deadline is; never, while the time does not count
         self._story: asyncio.Task[Any] | None = None
         self._halted: BaseException | None = None
-        self._ending = False
         self._messages = 0
         self._notes: list[dict[str, Any]] = []  # that are still to be written down
-        self._writer: asyncio.Task[None] | None = None
+        self._pen = asyncio.Lock()
 
     @workflow.run
     async def run(self, raw: Any = None, *_: Any) -> str:
-        """Take the order to its end and return that: COMPLETED, REJECTED, EXPIRED or CANCELLED.
-
-        Raises ApplicationError if it FAILED; its type says why.
-        """
+        """Return how it ended: COMPLETED, REJECTED, EXPIRED or CANCELLED; raise if it FAILED."""
         parse_order(raw, workflow.info().workflow_id)  # raises what is wrong with it
-        # In a task of its own, so that no cancel stops it: the order may be refused as another's.
-        attempts = self._order.max_attempts
-        received = asyncio.create_task(run_activity(step.receive_order, attempts, self._order))
-        self._story = asyncio.current_task()
+        self._story, failure = asyncio.current_task(), None
         try:
             async with self._deadline():
-                self._enter("RECEIVING")
-                await asyncio.shield(received)
+                await self._do(step.receive_order, "RECEIVING")
                 await self._do(step.validate_order, "VALIDATING")
                 await self._do(step.reserve_inventory, "RESERVING", undo=step.release_inventory)
 
-            await self._wait()
-            await self._review()
+            if self._order.wait_seconds:
+                self._enter("WAITING")
+                # The timer is the server's: it survives our death.
+                await workflow.sleep(self._order.wait_seconds, summary="Requested wait")
+            state = await self._review()
 
-            async with self._deadline():
-                await self._do(step.charge_payment, "CHARGING", undo=step.refund_payment)
-                await self._ship(undo=step.void_dispatch)
-            state, failure = "COMPLETED", None
-        except (Ended, FailureError, asyncio.CancelledError) as error:
+            if state == "APPROVED":
+                async with self._deadline():
+                    await self._do(step.charge_payment, "CHARGING", undo=step.refund_payment)
+                    await self._ship(undo=step.void_dispatch)
+                state = "COMPLETED"
+        except (FailureError, asyncio.CancelledError) as error:
             state, failure = self._why(self._halted or error)
-        return await self._despite_cancels(self._settle(received, state, failure))
+        ending = asyncio.create_task(self._settle(state, failure))
+        while not ending.done():
+            with suppress(asyncio.CancelledError):  # further cancels must not tear it
+                await asyncio.shield(ending)
+        return ending.result()
 
     # What the story is made of.
 
@@ -156,13 +150,8 @@ class OrderWorkflow:
         await run_activity(activity, self._order.max_attempts, self._order)
 
     def _enter(self, state: str, undo: Activity | None = None) -> None:
-        """Go on to the next part of the story, or raise what shall end it.
-
-        Without this look, a cancel that comes in the same moment as a step's answer would be lost:
-        the `await` returns the answer and drops the cancel. And a busy server fires timers late.
-        """
-        if workflow.time() >= self._due:
-            raise self._too_late()
+        """Go on to the next part of the story, or raise what shall end it."""
+        # Looked at here too: an `await` that has its answer drops a cancel that came with it.
         if workflow.cancellation_reason() is not None:  # Temporal's own; by signal: _halted
             raise asyncio.CancelledError
         if self._halted:
@@ -188,62 +177,45 @@ class OrderWorkflow:
     async def _deadline(self) -> AsyncIterator[None]:
         """Halt the story when its time is used up, to which reviews and waits do not count."""
         # Not this machine's clock, but the time in the history, which is the same in each replay.
-        self._due = workflow.time() + self._seconds_left
-        alarm = asyncio.create_task(self._alarm(self._seconds_left))
+        began, alarm = workflow.time(), asyncio.create_task(self._alarm())
         try:
             yield
         finally:
             alarm.cancel()
-        self._seconds_left, self._due = self._due - workflow.time(), inf
+        self._seconds_left -= workflow.time() - began
 
-    async def _alarm(self, seconds: float) -> None:
-        """Halt the story after these seconds."""
-        await workflow.sleep(seconds, summary="Deadline")
-        self._halt(self._too_late())
-
-    def _too_late(self) -> ApplicationError:
-        """Build the error of an order that has missed its deadline."""
+    async def _alarm(self) -> None:
+        """Halt the story when no time is left."""
+        if self._seconds_left > 0:
+            await workflow.sleep(self._seconds_left, summary="Deadline")
         problem = f"not done within {self._order.deadline_seconds:g} s, while {self._state}"
-        return ApplicationError(problem, type="DeadlineExceeded")
+        self._halt(ApplicationError(problem, type="DeadlineExceeded"))
 
-    async def _wait(self) -> None:
-        """Wait as long as the order asks to. The timer is the server's: it survives our death."""
-        if self._order.wait_seconds:
-            self._enter("WAITING")
-            await workflow.sleep(self._order.wait_seconds, summary="Requested wait")
-
-    async def _review(self) -> None:
-        """Wait for a person's decision, or for the timer, which approves."""
+    async def _review(self) -> str:
+        """Wait for a person's decision, or for the timer, which approves; EXPIRED: for nothing."""
         self._enter("AWAITING_REVIEW")
-        decided = workflow.wait_condition(
-            lambda: self._decision is not None,
-            timeout=self._order.review_seconds,
-            timeout_summary=f"Review by {self._order.review}",
-        )
-        with suppress(TimeoutError):
-            # In a task of its own: in this one the SDK would give the summary to later timers too.
-            await asyncio.create_task(decided)
-        # Looked at once more: a decision may have come in the instant in which the window closed.
+        if seconds := self._order.review_seconds:
+            closes = workflow.sleep(seconds, summary=f"Review by {self._order.review}")
+            window = asyncio.create_task(closes)
+            try:
+                await workflow.wait_condition(lambda: self._decision is not None or window.done())
+            finally:
+                window.cancel()
         if self._decision is None and self._order.review == "person":
-            raise Ended("EXPIRED")
+            return "EXPIRED"
         self._decision = self._decision or "approved"
-        if self._decision == "rejected":
-            raise Ended("REJECTED")
+        return self._decision.upper()
 
     async def _ship(self, undo: Activity) -> None:
-        """Ship through a child workflow on its own task queue; three tries in all.
-
-        A child, because another team's workers ship, which may be down while these take orders.
-        """
-        order = replace(self._order, address=self._address)
+        """Ship through a child workflow: another team's workers, who may be down, do that."""
         while True:
             self._enter("SHIPPING", undo)
             self._shipping_attempts += 1
             try:
                 await workflow.execute_child_workflow(
                     ShippingWorkflow.run,
-                    order,
-                    id=f"ship-{order.order_id}",
+                    replace(self._order, address=self._address),
+                    id=f"ship-{self._order.order_id}",
                     task_queue=SHIPPING_QUEUE,
                     # A shipping worker that is down holds up no cancel and no deadline.
                     cancellation_type=workflow.ChildWorkflowCancellationType.TRY_CANCEL,
@@ -266,8 +238,6 @@ class OrderWorkflow:
 
     def _why(self, error: BaseException) -> tuple[str, ApplicationError | None]:
         """Name the state that an error ends the story in, and for FAILED the error to fail with."""
-        if isinstance(error, Ended):
-            return str(error), None
         if is_cancelled_exception(error):
             return "CANCELLED", None
         # An ActivityError says that an activity failed; what the activity raised is its cause.
@@ -277,28 +247,21 @@ class OrderWorkflow:
         problem = f"given up while {self._state}: {cause}"
         return "FAILED", ApplicationError(problem, type="OrderGivenUp")
 
-    async def _settle(
-        self, received: asyncio.Task[None], state: str, failure: ApplicationError | None
-    ) -> str:
+    async def _settle(self, state: str, failure: ApplicationError | None) -> str:
         """Undo what was begun, unless all is done, and write down how it ended, last of all."""
         self._ending = True
         if state != "COMPLETED":
             self._last_error = failure.message if failure else self._last_error
             self._show("COMPENSATING")
             try:
-                await received
-            except ActivityError as error:
-                _, refusal = self._why(error)
-                if refusal and refusal.type == "OrderConflict":
-                    self._show("FAILED")
-                    raise refusal from None  # another order's id: its effects and outcome stay
-            if not await self._compensate():
-                state, failure, self._last_error = "COMPLETED", None, ""
-        while self._writer and not self._writer.done():
-            await self._writer
+                if not await self._compensate():
+                    state, failure, self._last_error = "COMPLETED", None, ""
+            except ActivityError as error:  # another order's id: its effects and outcome stay
+                self._show("FAILED")
+                raise self._why(error)[1] or error from None
+        await self._write_notes()
         self._closed = True
-        run_id = workflow.info().run_id  # as a reset order has an outcome for each run
-        outcome: dict[str, Any] = {"type": "outcome", "state": state, "run": run_id}
+        outcome: dict[str, Any] = {"state": state}
         if failure:
             outcome["reason"] = f"{failure.type}: {failure.message}"
         if self._messages > NOTES_KEPT:
@@ -317,14 +280,6 @@ class OrderWorkflow:
             if await run_activity(undo, 0, self._order) == "dispatched":
                 return False  # the point of no return
         return True
-
-    async def _despite_cancels(self, ending: Coroutine[Any, Any, str]) -> str:
-        """Let the ending finish: further cancellations, from the UI say, must not tear it."""
-        task = asyncio.create_task(ending)
-        while not task.done():
-            with suppress(asyncio.CancelledError):
-                await asyncio.shield(task)
-        return task.result()
 
     # Signals, an update and a query. No signal handler may raise: it would fail the order, or its
     # workflow task for ever. Messages may be thousands, so handlers only note what came.
@@ -406,17 +361,16 @@ class OrderWorkflow:
     def _note(self, type_: str, **payload: Any) -> None:
         """Have a message written down; its number tells it from another with the same words."""
         self._messages += 1
-        if self._messages > NOTES_KEPT or self._closed:
-            return
-        self._notes.append({"type": type_, **payload, "number": self._messages})
-        if not self._writer or self._writer.done():
+        if self._messages <= NOTES_KEPT and not self._closed:
+            self._notes.append({"type": type_, **payload, "number": self._messages})
             self._writer = asyncio.create_task(self._write_notes())
 
     async def _write_notes(self) -> None:
         """Have what came written down, one activity at a time, many notes in one."""
-        while self._notes:
-            notes, self._notes = self._notes, []
-            await run_activity(step.record_decision, 0, self._order, notes)
+        async with self._pen:
+            while self._notes:
+                notes, self._notes = self._notes, []
+                await run_activity(step.record_decision, 0, self._order, notes)
 
 
 @workflow.defn
@@ -437,8 +391,6 @@ class ShippingWorkflow:
             # Its failure is what the parent waits for; the signal is for the people who watch.
             reason = f"{error.activity_type} failed: {error.cause}"
             if info.parent:
-                parent = workflow.get_external_workflow_handle(
-                    info.parent.workflow_id, run_id=info.parent.run_id
-                )
+                parent = workflow.get_external_workflow_handle(info.parent.workflow_id)
                 await parent.signal(OrderWorkflow.dispatch_failed, reason)
             raise ApplicationError(reason, type="DispatchFailed") from error
