@@ -22,12 +22,7 @@ from functools import cache
 from math import ceil, floor
 from typing import Any
 
-from temporalio.api.enums.v1 import (
-    EventType,
-    TaskQueueType,
-    TimeoutType,
-    WorkflowTaskFailedCause,
-)
+from temporalio.api.enums.v1 import EventType, TaskQueueType, TimeoutType, WorkflowTaskFailedCause
 from temporalio.api.taskqueue.v1 import TaskQueue
 from temporalio.api.workflowservice.v1 import DescribeTaskQueueRequest
 from temporalio.client import (
@@ -348,7 +343,7 @@ async def events(options: argparse.Namespace) -> int:
 
 
 async def follow(
-    client: Client, order_id: str, plain: bool = False, each_time: Callable[[], None] | None = None
+    client: Client, order_id: str, plain: bool = False, each_time: Callable[[], Any] | None = None
 ) -> int:
     """Draw an order until it ends, in place on a terminal, else a line at each change.
 

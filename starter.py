@@ -51,7 +51,6 @@ from worker import (
     client_config,
     command,
     connect,
-    environment,
     is_listening,
     is_process,
     kill_command,
@@ -91,7 +90,8 @@ async def place(options: argparse.Namespace) -> int:
     except ApplicationError as error:
         print(f"starter.py: {error.message}", file=sys.stderr)
         return 2
-    async with temporal(quiet=False) as (client, stage):
+    async with temporal(quiet=False) as (stage, ours):
+        client = stage.client
         handle = client.get_workflow_handle(order.order_id)
         try:
             await start(client, kind, raw)
@@ -103,62 +103,49 @@ async def place(options: argparse.Namespace) -> int:
                     f"{command('signals.py')} events {order.order_id}"
                 )
             say(f"{order.order_id} is running already: attached to it, nothing was started")
-        address = client.service_client.config.target_host
-        say(f"see it: {web_ui(address)}/namespaces/{client.namespace}/workflows/{order.order_id}")
-        if stage:
-            return await signals.follow(
-                client, order.order_id, plain=True, each_time=partial(revive, stage)
-            )
+        page = f"namespaces/{client.namespace}/workflows/{order.order_id}"
+        say(f"see it: {web_ui(stage.address)}/{page}")
+        if ours:
+            return await signals.follow(client, order.order_id, True, each_time=stage.revive)
         if options.wait_result:
             return await signals.follow(client, order.order_id)
         say((await signals.picture(client, handle, await handle.describe()))[0])
         return 0
 
 
-async def start(
-    client: Client, kind: Kind, raw: dict[str, Any], once: bool = False, **options: Any
-) -> signals.Handle:
+async def start(client: Client, kind: Kind, raw: dict[str, Any], **options: Any) -> None:
     """Start a workflow on an order. An order id is used once; a charge may be asked for again."""
     policy = WorkflowIDReusePolicy.REJECT_DUPLICATE
-    if kind is ChargeWorkflow and not once:
+    if kind is ChargeWorkflow:
         policy = WorkflowIDReusePolicy.ALLOW_DUPLICATE
-    return await client.start_workflow(
-        kind.__name__,
-        raw,
-        id=raw["order_id"],
-        task_queue=ORDERS_QUEUE,
-        id_reuse_policy=policy,
-        **options,
-    )
+    options |= {"id": raw["order_id"], "task_queue": ORDERS_QUEUE, "id_reuse_policy": policy}
+    await client.start_workflow(kind.__name__, raw, **options)
 
 
 @asynccontextmanager
-async def temporal(quiet: bool) -> AsyncIterator[tuple[Client, Stage | None]]:
+async def temporal(quiet: bool) -> AsyncIterator[tuple[Stage, bool]]:
     """Use the server that is there; if none was configured and none is there, bring up our own.
 
-    quiet: our worker's lines go to a file and not to the screen.
+    Tells whether it is ours. quiet: our worker's lines go to a file and not to the screen.
     """
     if client_config() or await is_listening(DEFAULT_ADDRESS):
-        yield await connect(), None
+        stage = Stage(HERE, 0)
+        stage.client = await connect()
+        stage.address = stage.client.service_client.config.target_host
+        yield stage, False
         return
     with TemporaryDirectory(prefix="orders-", ignore_cleanup_errors=True) as folder:
         logs = Path(folder) / "workers.log" if quiet else None
         stage = Stage(HERE, int(DEFAULT_ADDRESS.rpartition(":")[2]), logs)
         try:
             say(f"no server at {DEFAULT_ADDRESS}: starting one, and a worker, while this runs")
-            client = await stage.start_server()
+            await stage.start_server()
             kept = nearby(HERE / "temporal.db")
             say(f"Web UI: {web_ui(DEFAULT_ADDRESS)}  unfinished orders stay in {kept}")
             stage.start_worker()
-            yield client, stage
+            yield stage, True
         finally:
             await stage.close()
-
-
-def revive(stage: Stage) -> None:
-    """Start another worker for each that died, and say so."""
-    for pid in stage.revive():
-        say(f"worker {pid} died; starting another")
 
 
 # The exercises. `t` is the player, the machine or a person; README.md has the words for a person,
@@ -451,10 +438,6 @@ class Verdict(Exception):
     """Something is not as it must be, or what the exercise is about did not happen."""
 
 
-class EndOfInput(Exception):
-    """A person has left: the end of input, Ctrl+D, or q."""
-
-
 Sight = Callable[..., Any]  # tells, perhaps only when awaited, whether something is to be seen
 
 
@@ -478,7 +461,7 @@ class Player:
 
     def __init__(self, stage: Stage, ours: bool = True) -> None:
         """Play on a stage of ours, or on one whose server and workers others run."""
-        self.stage, self.ours, self.code = stage, ours, HERE
+        self.stage, self.ours = stage, ours
         self.orders: dict[str, dict[str, Any]] = {}  # what the exercise placed, by order id
         self.running: set[str] = set()  # of these, and of earlier ones, what has not ended
         self.began = self.since = time.time()  # the exercise; the last act
@@ -534,11 +517,11 @@ class Player:
                 await self.stage.start_server()
             before = set(await self.pollers())
             assert self.stage.logs
-            self.code = self.stage.logs.with_name("code")
-            self.code.mkdir(exist_ok=True)
+            self.stage.code = self.stage.logs.with_name("code")
+            self.stage.code.mkdir(exist_ok=True)
             for script in HERE.glob("*.py"):
-                shutil.copy2(script, self.code)
-            self.stage.start_worker(code=self.code)
+                shutil.copy2(script, self.stage.code)
+            self.stage.start_worker()
         # One that was killed a moment ago could be given the next task; it would take 10 s to see.
         await self.until("a worker is there", self.newcomer, before)
         if len(found := await self.pollers()) > 1:
@@ -561,7 +544,7 @@ class Player:
     ) -> str:
         """Place an order and return its id."""
         raw = PATIENT | {"order_id": made_up_id()} | fields
-        await start(self.stage.client, kind, raw, once=True, **options or {})
+        await start(self.stage.client, kind, raw, **options or {})
         order_id = str(raw["order_id"])
         self.orders[order_id] = raw
         self.running.add(order_id)
@@ -585,7 +568,7 @@ class Player:
                 with suppress(WorkflowAlreadyStartedError):  # by another starter, or long ago
                     return await self.place(ChargeWorkflow, order_id=order_id, **fields)
             if order_id == wanted:
-                self.tell(f"{wanted} was made before, and to ask again is the same: a cent more")
+                self.tell(f"{wanted} was paid before; asked again it is the same: a cent more")
             fields["amount_cents"] += 1
 
     async def ask(self, question: str) -> str:
@@ -733,8 +716,7 @@ class Player:
         async def do() -> None:
             for pid in to_stop:
                 await self.end(pid, hard=False)
-            self.stage.bury()
-            self.stage.start_worker(role, self.code)
+            self.stage.start_worker(role)
 
         only = "" if role == "all" else f" {role}"
         act = Act(f"starts another{only} worker", "a new worker starts", do)
@@ -753,7 +735,8 @@ class Player:
 
         async def do() -> None:
             source = (HERE / file).read_text(encoding="utf-8")
-            (self.code / file).write_text(source.replace(text, instead), encoding="utf-8")
+            copy = self.stage.code / file
+            copy.write_text(source.replace(text, instead), encoding="utf-8")
 
         act = Act(f"changes {file}, in a copy", f"{file} is changed", do)
         act.elsewhere, act.done = f"edit {file} and save it", partial(is_edited, change)
@@ -792,12 +775,12 @@ class Player:
         first, *words = shlex.split(line)
         program, typed = [sys.executable, str(HERE / first)], line.replace(first, command(first), 1)
         if first == "temporal":
-            program, typed = [temporal_binary() or first], line
+            program, typed = [temporal_binary()], line
 
         async def do() -> str:
             pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
             pipes |= {"stdin": subprocess.DEVNULL}
-            pipes |= {"env": environment(self.stage.address)} if self.ours else {}
+            pipes |= {"env": self.stage.environment()} if self.ours else {}
             process = await asyncio.create_subprocess_exec(*program, *words, **pipes)
             said = (await process.communicate())[0].decode().strip()
             self.show(not sight or process.returncode == 0, said)
@@ -937,7 +920,7 @@ class Person(Player):
             return None
         line, self.typing = self.typing.result(), None
         if line is None or line.lower() == "q":
-            raise EndOfInput
+            raise EOFError
         return line
 
     async def overhear(self) -> None:
@@ -1032,18 +1015,14 @@ def sections() -> dict[int, tuple[str, str]]:
 
 async def run_prompts(_: argparse.Namespace) -> int:
     """Lead through the exercises until the person leaves; exit 1 if one did not hold."""
-    async with temporal(quiet=True) as (client, stage):
+    async with temporal(quiet=True) as (stage, ours):
         # Our workers run a copy of the scripts, and the ledger is not to be beside that.
         os.environ["CHARGE_STORE"] = str(store.store_path())
-        ours, address = stage is not None, client.service_client.config.target_host
-        if not stage:
-            stage = Stage(HERE, 0)
-            stage.client, stage.address = client, address
-        person = Person(stage, ours)
-        say(f"server: {address}, namespace {client.namespace}, Web UI: {web_ui(address)}")
+        person, address, namespace = Person(stage, ours), stage.address, stage.client.namespace
+        say(f"server: {address}, namespace {namespace}, Web UI: {web_ui(address)}")
         warn_of_edits()
         try:
-            with suppress(EndOfInput):
+            with suppress(EOFError):
                 await person.offer()
         finally:
             await person.goodbye()

@@ -27,14 +27,7 @@ import uuid
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import (
-    ExitStack,
-    closing,
-    nullcontext,
-    redirect_stderr,
-    redirect_stdout,
-    suppress,
-)
+from contextlib import ExitStack, closing, nullcontext, redirect_stderr, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -266,20 +259,20 @@ class Wing(Stage):
         self.queues = [f"{name}-orders-tq", f"{name}-shipping-tq"]
         new, old = (", ".join(f'"{q}"' for q in queues) for queues in (self.queues, QUEUES))
         changed_copy(self.folder, "workflows.py", old, new)
-        self.store = self.folder / "charge_store.db"
-        self.environment = {"CHARGE_STORE": str(self.store)} if own_ledger else {}
+        self.code, self.store = self.folder, self.folder / "charge_store.db"
+        self.ledger = {"CHARGE_STORE": str(self.store)} if own_ledger else {}
+
+    def environment(self) -> dict[str, str]:
+        """Have a process use this ledger too."""
+        return super().environment() | self.ledger
 
     def run(self, script: str, *words: str) -> Done:
         """Run a command of this wing."""
-        return run(script, *words, code=self.folder, **self.environment)
+        return run(script, *words, code=self.folder, **self.ledger)
 
-    def start_worker(self, role: str = "all", code: Path = HERE) -> subprocess.Popen[bytes]:
+    def start_worker(self, role: str = "all") -> subprocess.Popen[bytes]:
         """Start a worker that serves this wing alone and dies with the stage."""
-        words = [sys.executable, str(self.folder / "worker.py"), role]
-        with open(str(self.logs), "ab") as log:
-            pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
-            worker = subprocess.Popen(words, env=os.environ | self.environment, **pipes)
-        self.workers.append(worker)
+        worker = super().start_worker(role)
         self.main.workers.append(worker)
         return worker
 
@@ -1292,8 +1285,7 @@ async def test_an_order_id_that_the_server_forgot_is_the_same_order_or_is_refuse
 async def forget(stage: Stage, order_id: str) -> None:
     """Have the server forget a workflow, as when its retention is over; it takes half a minute."""
     request = DeleteWorkflowExecutionRequest(
-        namespace=stage.client.namespace,
-        workflow_execution=WorkflowExecution(workflow_id=order_id),
+        namespace=stage.client.namespace, workflow_execution=WorkflowExecution(workflow_id=order_id)
     )
     await stage.client.workflow_service.delete_workflow_execution(request)
     with pytest.raises(RPCError, match="not found"):
@@ -1963,8 +1955,8 @@ class Guided(Terminal):
         self.wing = Wing(stage, name, own_ledger=True)
         self.wing.start_worker()
         shutil.copy(HERE / "README.md", self.wing.folder)
-        there = {"TEMPORAL_ADDRESS": stage.address} | self.wing.environment
-        super().__init__([sys.executable, "starter.py"], self.wing.folder, **there)
+        words = [sys.executable, "starter.py"]
+        super().__init__(words, self.wing.folder, **self.wing.environment())
         self.play(*talk)
 
 

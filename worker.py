@@ -23,11 +23,11 @@ import time
 import warnings
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
-from typing import IO, Any, NoReturn
+from typing import Any, NoReturn
 
 from temporalio.api.common.v1 import Payload
 from temporalio.client import Client
@@ -35,19 +35,12 @@ from temporalio.converter import DataConverter, DefaultPayloadConverter
 from temporalio.envconfig import ClientConfig
 from temporalio.runtime import LoggingConfig, Runtime, TelemetryConfig, TelemetryFilter
 from temporalio.service import RPCError, RPCStatusCode
-from temporalio.testing import WorkflowEnvironment
 from temporalio.worker import PollerBehaviorSimpleMaximum, Worker
 
 import charge_store as store
 from activities import ORDER_STEPS, SHIPPING_STEPS
 from charge_store import fit, printable, say
-from workflows import (
-    ORDERS_QUEUE,
-    SHIPPING_QUEUE,
-    ChargeWorkflow,
-    OrderWorkflow,
-    ShippingWorkflow,
-)
+from workflows import ORDERS_QUEUE, SHIPPING_QUEUE, ChargeWorkflow, OrderWorkflow, ShippingWorkflow
 
 # The numbers for the worker, each with what Temporal's default would do to a person who watches.
 # STICKY: a killed worker's orders are kept for it so long; 10 s: a hang. With 0.3 s a busy machine
@@ -94,13 +87,8 @@ async def serve(role: str) -> None:
     say(f"worker {os.getpid()} serves {queues} at {address}")
     say(f"Web UI: {web_ui(address)}  ledger: {nearby(store.store_path())}")
     say(f"kill it: {kill_command(os.getpid())}  stop it: Ctrl+C")
-    async with AsyncExitStack() as running:  # each is given the time to end its activities
-        for worker in workers:
-            await running.enter_async_context(worker)
-        try:
-            await asyncio.Event().wait()
-        finally:  # all at once
-            await asyncio.gather(*(worker.shutdown() for worker in workers))
+    # Ctrl+C cancels this; each is then given the time to end its activities.
+    await asyncio.gather(*(worker.run() for worker in workers))
 
 
 # Connecting.
@@ -205,61 +193,55 @@ class Stage:
 
     def __init__(self, folder: Path, port: int, logs: Path | None = None) -> None:
         """Keep the server's data in the folder; the workers write to `logs`, or to the screen."""
-        self.folder, self.port, self.logs = folder, port, logs
+        self.folder, self.port, self.logs, self.code = folder, port, logs, HERE
         self.address = f"127.0.0.1:{port}"
-        self.server: subprocess.Popen[bytes] | WorkflowEnvironment | None = None
+        self.server: subprocess.Popen[bytes] | None = None
         self.client: Client
         self.workers: list[subprocess.Popen[bytes]] = []
         self.failed = 0
 
-    def server_flags(self) -> list[str]:
-        """List the server's flags; the HTTP API stands 10 ports higher, as 7243 does."""
+    def server_command(self) -> list[str]:
+        """Spell the server's command; the HTTP API stands 10 ports higher, as 7243 does."""
         ports = ["--http-port", str(self.port + 10), "--ui-port", str(self.port + 1000)]
         data = ["--db-filename", str(self.folder / "temporal.db")]
         quiet = ["--log-level", "never", "--output", "none"]
-        return ["--port", str(self.port), *ports, *data, *quiet, *SERVER_FLAGS]
+        serve = [temporal_binary(), "server", "start-dev", "--port", str(self.port)]
+        return [*serve, *ports, *data, *quiet, *SERVER_FLAGS]
 
-    async def start_server(self) -> Client:
-        """Start the server, or start it again on the same file, and return a client."""
-        if binary := temporal_binary():
-            words = [binary, "server", "start-dev", *self.server_flags()]
-            with TemporaryFile() as errors:  # a pipe that nobody reads could fill up and hold it
-                self.server = start_apart(words, stdout=subprocess.DEVNULL, stderr=errors)
-                self.client = await self._first_client(self.server, errors)
-        else:  # as on Windows: the SDK downloads one
-            flags = self.server_flags()
-            self.server = await WorkflowEnvironment.start_local(
-                port=self.port, ui=True, dev_server_extra_args=flags
-            )
-            self.client = self.server.client
-        return self.client
-
-    async def _first_client(self, server: subprocess.Popen[bytes], errors: IO[bytes]) -> Client:
-        """Connect as soon as the server listens."""
-        while server.poll() is None:
-            with suppress(RuntimeError):
-                return await Client.connect(self.address)
-            await asyncio.sleep(0.02)
-        self.server = None
-        errors.seek(0)
-        why = errors.read().decode(errors="replace")
+    async def start_server(self) -> None:
+        """Start the server, or start it again on the same file, and connect to it."""
+        with TemporaryFile() as errors:  # a pipe that nobody reads could fill up and hold it
+            words = self.server_command()
+            self.server = start_apart(words, stdout=subprocess.DEVNULL, stderr=errors)
+            while self.server.poll() is None:
+                with suppress(RuntimeError):
+                    self.client = await Client.connect(self.address)
+                    return
+                await asyncio.sleep(0.02)
+            self.server = None
+            errors.seek(0)
+            why = errors.read().decode(errors="replace")
         sys.exit(f"cannot start a Temporal server: {' '.join(why.split())}")
 
     async def kill_server(self) -> None:
         """Kill the server at once, as kill -9 does."""
-        if isinstance(self.server, WorkflowEnvironment):
-            await self.server.shutdown()
-        elif self.server:
+        if self.server:
             self.server.kill()
             self.server.wait()
         self.server = None
 
-    def start_worker(self, role: str = "all", code: Path = HERE) -> subprocess.Popen[bytes]:
-        """Start a worker process, from our scripts or from a changed copy of them."""
+    def environment(self) -> dict[str, str]:
+        """Have a process talk to this server, whatever our own environment says of another one."""
+        kept = {name: v for name, v in os.environ.items() if not name.startswith("TEMPORAL_")}
+        return kept | {"TEMPORAL_ADDRESS": self.address}
+
+    def start_worker(self, role: str = "all") -> subprocess.Popen[bytes]:
+        """Start a worker process, from our scripts or, in `code`, a copy of them."""
+        self.workers = [worker for worker in self.workers if worker.poll() is None]
         with open(self.logs or os.devnull, "ab") as log:
             worker = start_apart(
-                [sys.executable, str(code / "worker.py"), role],
-                env=environment(self.address),
+                [sys.executable, str(self.code / "worker.py"), role],
+                env=self.environment(),
                 stdout=log if self.logs else None,
                 stderr=log if self.logs else None,
             )
@@ -272,22 +254,15 @@ class Stage:
         worker.wait()
         self.workers.remove(worker)
 
-    def revive(self, code: Path = HERE) -> list[int]:
-        """Start another worker for each that has died; return the pids of those that had."""
-        dead = [worker for worker in self.workers if worker.poll() is not None]
-        for worker in dead:
-            self.workers.remove(worker)
+    def revive(self) -> None:
+        """Start another worker for each that has died."""
+        for worker in [worker for worker in self.workers if worker.poll() is not None]:
             # One that met no server, as it was just being restarted, ended with 1; so does one that
             # can never start, which we do not repeat for ever.
             self.failed += worker.returncode == 1
             if self.failed > 20:
                 sys.exit(f"workers end with exit code 1: {self.logs or ''}")
-            self.start_worker(code=code)
-        return [worker.pid for worker in dead]
-
-    def bury(self) -> None:
-        """Forget the workers that have ended, as they were to."""
-        self.workers = [worker for worker in self.workers if worker.poll() is None]
+            self.start_worker()
 
     async def close(self) -> None:
         """Kill all that still runs."""
@@ -296,21 +271,15 @@ class Stage:
         await self.kill_server()
 
 
-def environment(address: str) -> dict[str, str]:
-    """Have a process talk to this server, whatever the environment says of another one."""
-    kept = {name: v for name, v in os.environ.items() if not name.startswith("TEMPORAL_")}
-    return kept | {"TEMPORAL_ADDRESS": address}
-
-
 def start_apart(words: list[str], **options: Any) -> subprocess.Popen[bytes]:
     """Start a process that Ctrl+C in our terminal does not reach: it is for us, who then end it."""
     return subprocess.Popen(words, stdin=subprocess.DEVNULL, start_new_session=True, **options)
 
 
-def temporal_binary() -> str | None:
+def temporal_binary() -> str:
     """Find the `temporal` command that pip put beside Python, or one on the path."""
     beside = str(Path(sys.executable).parent) + os.pathsep + os.environ.get("PATH", "")
-    return shutil.which("temporal", path=beside)
+    return shutil.which("temporal", path=beside) or sys.exit("no command `temporal`: see README.md")
 
 
 def free_port() -> int:
@@ -362,12 +331,10 @@ async def run_server() -> int:
         sys.exit(f"{taken}: a Temporal server, or another program, runs there already")
     say(f"server {os.getpid()} at {DEFAULT_ADDRESS}, Web UI: {web_ui(DEFAULT_ADDRESS)}")
     say(f"data: {nearby(HERE / 'temporal.db')}  kill it: {kill_command(os.getpid())}")
-    if (binary := temporal_binary()) and sys.platform != "win32":
-        # In our place: the pid above is the server's own.
-        os.execv(binary, [binary, "server", "start-dev", *stage.server_flags()])
-    await stage.start_server()
-    await asyncio.Event().wait()
-    return 0
+    words = stage.server_command()
+    if sys.platform == "win32":
+        return subprocess.call(words)
+    os.execv(words[0], words)  # in our place: the pid above is the server's own
 
 
 # What all our scripts begin and end with.
