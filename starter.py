@@ -568,7 +568,7 @@ class Player:
                 with suppress(WorkflowAlreadyStartedError):  # by another starter, or long ago
                     return await self.place(ChargeWorkflow, order_id=order_id, **fields)
             if order_id == wanted:
-                self.tell(f"{wanted} was paid before; asked again it is the same: a cent more")
+                self.tell(f"{wanted} was charged before and would not be again: a cent more")
             fields["amount_cents"] += 1
 
     async def ask(self, question: str) -> str:
@@ -587,11 +587,15 @@ class Player:
 
     async def until(self, words: str, sight: Sight, *given: Any) -> None:
         """Wait until something is seen, and tell it."""
+        await self.wait(words, sight, *given)
+        self.tell(words)
+
+    async def wait(self, words: str, sight: Sight, *given: Any) -> None:
+        """Wait until something is seen, or the orders have ended without it."""
         while not await self.sees(sight, *given):
             if await self.over() and not await self.sees(sight, *given):
                 raise Verdict(f"not shown: the order ended without it: {words}")
             await asyncio.sleep(0.05)
-        self.tell(words)
 
     async def sees(self, sight: Sight, *given: Any) -> bool:
         """Look, while the server may be dead or about to die."""
@@ -792,7 +796,7 @@ class Player:
         said = str(await self.do_it(act) or "it is done")
         self.tell(said.splitlines()[-1])
         if sight:
-            await self.until("", sight, *given)
+            await self.wait("it has come", sight, *given)
         return said
 
     # What must be true.
@@ -809,7 +813,8 @@ class Player:
 
         `effects` are the statuses that the ledger must show, `asked` the least requests.
         """
-        await self.until("", self.ended, order_id)
+        should = f"; it should take {within:g} s" if within else ""
+        await self.wait(f"{order_id} ends{should}", self.ended, order_id)
         result = await persist(partial(end_of, self.handle(order_id)))
         self.check(result == end, f"{order_id} has ended: {end}", f"{order_id} ended {result}")
         for _ in range(100):  # 10 s: what comes late comes within 5
@@ -963,9 +968,9 @@ class Person(Player):
         self.since = time.time()
         return did
 
-    async def until(self, words: str, sight: Sight, *given: Any) -> None:
-        """Wait until something is seen, say for what, and hear whether the person leaves."""
-        wait = asyncio.create_task(super().until(words, sight, *given))
+    async def wait(self, words: str, sight: Sight, *given: Any) -> None:
+        """Wait, say for what, and hear whether the person leaves."""
+        wait = asyncio.create_task(super().wait(words, sight, *given))
         patience = time.monotonic() + 1
         try:
             while not wait.done():
@@ -973,7 +978,7 @@ class Person(Player):
                 await self.overhear()
                 if time.monotonic() > patience:
                     trouble = await self.trouble()
-                    self.screen.show(trouble or f"waiting until {words or 'it is done'}")
+                    self.screen.show(trouble or f"waiting until {words}")
         finally:
             wait.cancel()
             self.screen.clear()

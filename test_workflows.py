@@ -1853,7 +1853,7 @@ class Counting(Player):
     def is_dead(self, pid: int) -> bool:
         return True
 
-    async def until(self, *_: Any) -> None:
+    async def wait(self, *_: Any) -> None:
         pass
 
     def accept(self, *_: Any, **__: Any) -> None:
