@@ -569,7 +569,8 @@ class Player:
                     return await self.place(ChargeWorkflow, order_id=order_id, **fields)
             if order_id == wanted:
                 self.tell(f"{wanted} was charged before and would not be again: a cent more")
-            fields["amount_cents"] += 1
+            # After the most that a charge may be, the least.
+            fields["amount_cents"] = fields["amount_cents"] % 100_000_000 + 1
 
     async def ask(self, question: str) -> str:
         """Let a person answer."""
