@@ -273,10 +273,11 @@ def dispatch_carrier(order: Order) -> dict[str, Any]:
 
 
 @in_thread
-def look_back(order: Order) -> bool:
-    """Tell whether another run received the order before, unless its id is another's."""
+def look_back(order: Order, ours: bool) -> bool:
+    """Tell whether another run received the order before; refuse it if its id is another's."""
     run_id = activity.info().workflow_run_id or ""
-    return attempt(order, lambda: store.look_back(order.order_id, asdict(order), run_id))
+    contents = {} if ours else asdict(order)  # what was received may be older than this code
+    return attempt(order, lambda: store.look_back(order.order_id, contents, run_id))
 
 
 @in_thread

@@ -19,6 +19,7 @@ import textwrap
 import threading
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -126,33 +127,31 @@ def finish(event_id: int, ended: str, seconds: float) -> None:
     An attempt whose process died has neither. One that ended ok may be followed by another all the
     same: the effect happened and the ledger knows it, but Temporal never got the answer.
     """
-    execute(
-        "UPDATE events SET payload_json = json_set(payload_json, '$.ended', ?, '$.seconds', ?)"
-        " WHERE id = ?",
-        *(ended, round(seconds, 3), event_id),
-        synchronous="NORMAL",
-    )
+    statement = "UPDATE events SET payload_json ="
+    statement += " json_set(payload_json, '$.ended', ?, '$.seconds', ?) WHERE id = ?"
+    with suppress(sqlite3.Error):  # this is a note; what counts is the attempt's answer
+        execute(statement, ended, round(seconds, 3), event_id, synchronous="NORMAL")
 
 
 def receive(order_id: str, contents: dict[str, Any], undo_steps: list[str]) -> None:
-    """Refuse an order whose attempt at being received has begun, if the trail says no.
+    """Refuse an order whose id is another's, or that was undone; its own event is there already.
 
     Raises OrderConflict as look_back() does, OrderGivenUp if one of these steps has begun to undo
     it: what that does may still be on its way.
     """
-    look_back(order_id, contents, "")
+    look_back(order_id, contents)
     if any(count(order_id, step) for step in undo_steps):
         raise OrderGivenUp(f"{order_id} was undone by another run, or is just being undone")
 
 
-def look_back(order_id: str, contents: dict[str, Any], run_id: str) -> bool:
+def look_back(order_id: str, contents: dict[str, Any], run_id: str = "") -> bool:
     """Tell whether another run than this one received the order.
 
     Raises OrderConflict if its id was first used with other contents.
     """
     received = "SELECT payload_json FROM events WHERE order_id = ? AND type = 'receive_order'"
     runs = [json.loads(row["payload_json"]) for row in execute(f"{received} ORDER BY id", order_id)]
-    if runs and runs[0] | contents != runs[0]:
+    if runs and any(runs[0].get(name, value) != value for name, value in contents.items()):
         raise OrderConflict(f"order_id: {order_id} was used before, for another order")
     return any(run.get("run") != run_id for run in runs)
 

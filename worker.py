@@ -87,8 +87,10 @@ async def serve(role: str) -> None:
     say(f"worker {os.getpid()} serves {queues} at {address}")
     say(f"Web UI: {web_ui(address)}  ledger: {nearby(store.store_path())}")
     say(f"kill it: {kill_command(os.getpid())}  stop it: Ctrl+C")
-    # Ctrl+C cancels this; each is then given the time to end its activities.
-    await asyncio.gather(*(worker.run() for worker in workers))
+    # Ctrl+C, or one that fails, cancels all; each tells its activities to stop, and waits for them.
+    async with asyncio.TaskGroup() as running:
+        for worker in workers:
+            running.create_task(worker.run())
 
 
 # Connecting.
@@ -272,7 +274,7 @@ class Stage:
 
 
 def start_apart(words: list[str], **options: Any) -> subprocess.Popen[bytes]:
-    """Start a process that Ctrl+C in our terminal does not reach: it is for us, who then end it."""
+    """Start a process that Ctrl+C in our terminal does not reach, but on Windows: we end it."""
     return subprocess.Popen(words, stdin=subprocess.DEVNULL, start_new_session=True, **options)
 
 
@@ -369,7 +371,7 @@ def command(script: str) -> str:
 
 def kill_command(pid: int) -> str:
     """Spell the command that kills a process at once."""
-    return f"taskkill /F /PID {pid}" if sys.platform == "win32" else f"kill -9 {pid}"
+    return f"taskkill /F /T /PID {pid}" if sys.platform == "win32" else f"kill -9 {pid}"
 
 
 def run_script(main: Callable[[], int]) -> None:
@@ -420,13 +422,14 @@ def main() -> int:
     logging.getLogger("temporalio").setLevel(logging.WARNING)
     logging.getLogger("temporalio.activity").setLevel(logging.ERROR)
     logging.raiseExceptions = False  # whoever reads our lines, `head` say, may have seen enough
-    store.finish(0, "", 0)  # a ledger that cannot be written ends the worker, not each attempt
+    # A ledger that cannot be written ends the worker, not each attempt.
+    store.execute("UPDATE events SET id = id WHERE FALSE")
     try:
         asyncio.run(serve(role))
     except KeyboardInterrupt:
         say(f"worker {os.getpid()} stopped")
-    except RuntimeError as error:
-        sys.exit(f"worker {os.getpid()} failed: {printable(error)}")
+    except ExceptionGroup as failed:
+        sys.exit(f"worker {os.getpid()} failed: {printable(failed.exceptions[0])}")
     return 0
 
 

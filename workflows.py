@@ -31,9 +31,9 @@ with workflow.unsafe.imports_passed_through():
 
 Activity = Callable[..., Any]
 ORDERS_QUEUE, SHIPPING_QUEUE = "orders-tq", "shipping-tq"
-SHIPPING_TRIES = 3
+SHIPPING_TRIES = 3  # counted by the order, so that people see them
 NOTE_LENGTH = 500
-NOTES_KEPT = 300  # of an order; further messages are only counted, for a history has its limits
+NOTES_KEPT = 300  # of an order; more are only counted: an activity's input is at most 2 MB
 # Answers that asking again will not change.
 REFUSALS = ["InvalidOrder", "OrderConflict", "PaymentDeclined", "PaymentConflict", "OrderGivenUp"]
 
@@ -138,7 +138,7 @@ class OrderWorkflow:
             state, failure = self._why(self._halted or error)
         ending = asyncio.create_task(self._settle(state, failure))
         while not ending.done():
-            with suppress(asyncio.CancelledError):  # further cancels must not tear it
+            with suppress(asyncio.CancelledError):  # a cancel that comes now must not tear it
                 await asyncio.shield(ending)
         return ending.result()
 
@@ -258,7 +258,7 @@ class OrderWorkflow:
                     state, failure, self._last_error = "COMPLETED", None, ""
             except ActivityError as error:  # another order's id: its effects and outcome stay
                 self._show("FAILED")
-                raise self._why(error)[1] or error from None
+                raise error.cause or error from None
         await self._write_notes()
         self._closed = True
         outcome: dict[str, Any] = {"state": state}
@@ -275,7 +275,7 @@ class OrderWorkflow:
     async def _compensate(self) -> bool:
         """Undo, last first, each until done; return False if the package has left: then nothing."""
         # Before a reset, or before the server forgot it, a run did what this one does not know of.
-        was_before = await run_activity(step.look_back, 0, self._order)
+        was_before = await run_activity(step.look_back, 0, self._order, bool(self._undos))
         for undo in reversed(step.UNDOS if was_before else self._undos):
             if await run_activity(undo, 0, self._order) == "dispatched":
                 return False  # the point of no return
@@ -363,7 +363,7 @@ class OrderWorkflow:
         self._messages += 1
         if self._messages <= NOTES_KEPT and not self._closed:
             self._notes.append({"type": type_, **payload, "number": self._messages})
-            self._writer = asyncio.create_task(self._write_notes())
+            self._writer = asyncio.create_task(self._write_notes())  # kept: asyncio may drop it
 
     async def _write_notes(self) -> None:
         """Have what came written down, one activity at a time, many notes in one."""
