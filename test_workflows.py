@@ -27,7 +27,7 @@ import uuid
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, closing, nullcontext, redirect_stderr, redirect_stdout, suppress
+from contextlib import closing, nullcontext, redirect_stderr, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -80,7 +80,6 @@ from starter import (
     NO_KEY,
     PATCHED,
     Act,
-    Exercise,
     Player,
     end_of,
     sections,
@@ -238,9 +237,9 @@ def within(work: Any, seconds: float = LONG) -> Any:
 
 
 def changed_copy(folder: Path, file: str, text: str, instead: str) -> Path:
-    """Copy our scripts with one text in one file changed."""
+    """Copy our scripts and the README with one text in one file changed."""
     folder.mkdir()
-    for script in HERE.glob("*.py"):
+    for script in (*HERE.glob("*.py"), HERE / "README.md"):
         shutil.copy(script, folder)
     source = (folder / file).read_text(encoding="utf-8")
     if source.count(text) != 1:
@@ -306,7 +305,6 @@ class Outcome:
     ended: str
     status: dict[str, Any]
     effects: dict[str, str]
-    keys: dict[str, str]
     events: list[dict[str, Any]]
     history: WorkflowHistory
     told: float  # when the last message had been sent
@@ -573,11 +571,6 @@ async def reach(handle: Handle, state: str) -> None:
     await seen(reached)
 
 
-def until(condition: Callable[[], Any]) -> None:
-    """Wait until the condition holds, bounded."""
-    within(seen(condition))
-
-
 async def seen(condition: Callable[..., Any], *given: Any) -> None:
     """Wait until the condition, which may be async, holds, bounded."""
     async with asyncio.timeout(LONG):
@@ -586,6 +579,11 @@ async def seen(condition: Callable[..., Any], *given: Any) -> None:
             if await holds if asyncio.iscoroutine(holds) else holds:
                 return
             await asyncio.sleep(0.2)
+
+
+def until(condition: Callable[..., Any], *given: Any) -> None:
+    """Wait likewise, where nothing is async."""
+    within(seen(condition, *given))
 
 
 def ledger(order_id: str, what: str = "status") -> dict[str, Any]:
@@ -607,7 +605,6 @@ async def gather(handle: Handle, told: float = 0) -> Outcome:
         await end_of(handle),
         await status_of(handle),
         ledger(handle.id),
-        ledger(handle.id, "idempotency_key"),
         trail(handle.id),
         await handle.fetch_history(),
         told,
@@ -647,8 +644,9 @@ def check(scenario: Scenario, outcome: Outcome | BaseException) -> None:
     assert (outcome.ended, outcome.effects) in right + late_ends(scenario, outcome)
     state = outcome.ended if outcome.ended.isupper() else "FAILED"
     assert outcome.status.items() >= (scenario.status | {"state": state}).items()
-    keys = {kind: key.replace(outcome.status["order_id"], "") for kind, key in outcome.keys.items()}
-    assert keys.items() <= {"charge": "pay-", "reservation": "", "dispatch": ""}.items()
+    order_id = outcome.status["order_id"]
+    keys = {"charge": f"pay-{order_id}", "reservation": order_id, "dispatch": order_id}
+    assert ledger(order_id, "idempotency_key").items() <= keys.items()
     # Nothing comes after the outcome but the attempts at writing it down, and those of a child that
     # has not heard yet that it is cancelled: the tombstone refuses what it may still try.
     after = ("fault", "record_outcome", "prepare_package", "dispatch_carrier")
@@ -960,14 +958,6 @@ def test_what_was_undone_is_refused_for_good_and_a_package_that_left_stays_away(
     assert ledger("o") == {kind: undone}
 
 
-def test_a_note_is_written_once_and_each_attempt_leaves_a_row(empty_store: None) -> None:
-    assert [store.note("o", "approve", {"n": n}) for n in (1, 1, 2)] == [True, False, True]
-    # Each new child begins at attempt 1 again.
-    tried = {store.begin("o", "prepare_package", 1, {}) for _ in range(2)}
-    assert len(tried) == 2 and 0 not in tried
-    assert (store.count("o", "approve"), store.count("o", "prepare_package")) == (2, 2)
-
-
 def test_a_store_that_is_deleted_is_made_anew_and_keeps_all_it_is_given(empty_store: None) -> None:
     look = (
         "from charge_store import *; print(len(execute('SELECT * FROM charges')), count('o', 'x'))"
@@ -1103,35 +1093,31 @@ async def updates(handle: Handle) -> int:
 
 
 @side_by_side
-async def test_an_address_changes_and_a_refused_update_leaves_no_event(stage: Stage) -> None:
-    handle = await place(stage)
+async def test_an_address_changes_until_shipping_and_a_refused_update_leaves_no_event(
+    stage: Stage,
+) -> None:
+    handle = await place(stage, **simulate(prepare_package="down"))
     await reach(handle, "AWAITING_REVIEW")
     for bad in (" ", "x" * 201):
         assert "must be 1 to 200 characters" in await refusal(handle, bad)
     assert await updates(handle) == 0
     assert await handle.execute_update("update_address", "2 Side Street") == "2 Side Street"
-    assert (await handle.query("status"))["address"] == "2 Side Street"
-    await handle.signal("approve")
-    assert (await gather(handle)).ended == "COMPLETED"
-    sent = trail(handle.id, "prepare_package", "dispatch_carrier")
-    assert [event["address"] for event in sent] == ["2 Side Street"] * 2
-    assert "completed" in await refusal(handle, "3 Late Street")
-
-
-@side_by_side
-async def test_once_shipping_has_begun_the_address_stays(stage: Stage) -> None:
-    faults = simulate(prepare_package="down")
-    handle = await place(stage, "approve", "fine", address="1 Own Road", **faults)
+    await handle.signal("update_address", "1 Own Road")
+    accepted = await updates(handle)
+    await handle.signal("approve", "fine")
     await reach(handle, "prepare_package")
     assert "too late, the order is SHIPPING" in await refusal(handle, "3 Late Street")
     for address in ("3 Late Street", " "):
         await handle.signal("update_address", address)
     await handle.signal("cancel")
     outcome = await gather(handle)
+    assert "completed" in await refusal(handle, "3 Late Street")
     assert (outcome.ended, outcome.effects) == ("CANCELLED", VOIDED)
     assert outcome.status["note"] == "fine"  # a cancel without a reason leaves it
-    assert (outcome.status["address"], await updates(handle)) == ("1 Own Road", 0)
+    assert (outcome.status["address"], await updates(handle)) == ("1 Own Road", accepted)
     assert trail(handle.id, "prepare_package")[0]["address"] == "1 Own Road"
+    changed = [event["address"] for event in trail(handle.id, "update_address")]
+    assert changed == ["2 Side Street", "1 Own Road"]
     late, blank = trail(handle.id, "address_refused")
     assert (blank["address"], late["address"]) == (" ", "3 Late Street")
     assert late["reason"] == "too late, the order is SHIPPING"
@@ -1342,6 +1328,8 @@ async def test_after_a_death_in_the_review_nobody_waits_for_temporals_10_s(stage
 
 NOWHERE = "127.0.0.1:1"  # nothing listens there
 LASTING = ["--deadline", "600", "--max-attempts", "0"]
+TIMER = ["--review", "timer", "--review-seconds", "0"]
+QUICK = [*TIMER, "--wait-result"]
 
 WRONG = [  # what the one line must name, a command, and each of its last words
     ("starter.py", "starter.py", [f"--{RED}"]),
@@ -1398,8 +1386,7 @@ def test_an_order_that_nobody_knows_is_named_with_the_command_that_lists_them(
 
 
 def test_an_order_is_followed_to_its_end_and_then_it_is_too_late(served: Stage) -> None:
-    timed = ["--review", "timer", "--review-seconds", "0", "--wait-result"]
-    answers(starter("order", "done", *timed), 0, "done COMPLETED")
+    answers(starter("order", "done", *QUICK), 0, "done COMPLETED")
     answers(starter("order", "done"), 1, "finished already: nothing was started")
     for verb in ("approve", "reject", "cancel"):
         answers(signals(verb, "done"), 1, "too late")
@@ -1430,15 +1417,14 @@ def test_the_first_decision_stands_and_to_be_cancelled_is_not_to_fail(served: St
     answers(starter(*order), 0, "late started")
     answers(signals("approve", "late"), 0, "approve sent")
     answers(signals("reject", "late"), 1, "only recorded")
-    within(seen(store.count, "late", "prepare_package"))
+    until(store.count, "late", "prepare_package")
     answers(signals("status", "ship-late"), 0, "RUNNING")
     answers(signals("cancel", "late"), 0, "cancel sent")
     answers(signals("watch", "late"), 0, "late CANCELLED")
 
 
 def test_an_order_that_failed_says_why(served: Stage) -> None:
-    order = ["order", "bad", "--card-expiry", "12/20", "--review", "timer", "--wait-result"]
-    answers(starter(*order, "--review-seconds", "0"), 1, "card expired 12/20")
+    answers(starter("order", "bad", *QUICK, "--card-expiry", "12/20"), 1, "card expired 12/20")
     answers(signals("watch", "bad"), 1, "bad FAILED")
 
 
@@ -1466,8 +1452,7 @@ def test_an_id_that_somebody_else_gave_a_workflow_is_escaped(served: Stage) -> N
 def test_the_list_has_the_newest_first_and_says_how_many_it_leaves_out(served: Stage) -> None:
     answers(starter("order", "listed-1", *LASTING), 0, "started")  # it goes on: the oldest lasts
     for order_id in ("listed-2", "listed-3"):
-        quick = ["--review", "timer", "--review-seconds", "0", "--wait-result"]
-        answers(starter("order", order_id, *quick), 0, "COMPLETED")
+        answers(starter("order", order_id, *QUICK), 0, "COMPLETED")
     rows = signals("list", "--limit", "2").stdout.splitlines()
     assert [row.split()[4] for row in rows[:2]] == ["listed-3", "listed-2"]
     assert re.fullmatch(r"\d+ older ones are not shown; --limit \d+ shows all", rows[2])
@@ -1476,9 +1461,9 @@ def test_the_list_has_the_newest_first_and_says_how_many_it_leaves_out(served: S
 
 
 def test_what_an_order_that_has_ended_left_behind_is_not_told_as_going_on(served: Stage) -> None:
-    late = ["order", "behind", *LASTING, "--review", "timer", "--review-seconds", "0"]
-    answers(starter(*late, "--simulate", "charge_payment=late"), 0, "started")
-    until(lambda: store.count("behind", "charge_payment") > 0)
+    late = ["order", "behind", *LASTING, *TIMER, "--simulate", "charge_payment=late"]
+    answers(starter(*late), 0, "started")
+    until(store.count, "behind", "charge_payment")
     answers(signals("history", "behind"), 0, "      now  charge_payment\n")
     answers(signals("cancel", "behind"), 0, "cancel sent")
     answers(signals("watch", "behind"), 0, "CANCELLED")
@@ -1577,9 +1562,9 @@ async def test_without_a_worker_a_signal_is_kept_and_a_question_is_given_up(stag
 @side_by_side
 def test_a_locked_ledger_is_outlived_and_keeps_nobody_who_leaves(stage: Stage) -> None:
     wing = Wing(stage, "locked", own_ledger=True)
-    order = ["order", "locked", *LASTING, "--review", "timer", "--review-seconds", "0"]
+    order = ["order", "locked", *LASTING, *TIMER]
     worker = wing.start_worker()
-    within(seen(lambda: "serves" in wing.log()))
+    until(lambda: "serves" in wing.log())
     with closing(sqlite3.connect(wing.store, timeout=LONG, isolation_level=None)) as another:
         another.execute("BEGIN IMMEDIATE")
         answers(wing.run("starter.py", *order), 0, "locked started")
@@ -1617,11 +1602,6 @@ def test_load_ends_by_itself_with_what_an_order_costs_and_a_clean_audit(_: Stage
     assert sys.platform == "win32" or re.search(told, loaded.stdout), loaded
 
 
-def any_file(folder: Path, pattern: str) -> bool:
-    """Tell whether there is such a file."""
-    return any(folder.glob(pattern))
-
-
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no process groups to signal")
 @side_by_side
 def test_who_leaves_at_any_moment_leaves_nothing_behind(stage: Stage) -> None:
@@ -1634,7 +1614,7 @@ def test_who_leaves_at_any_moment_leaves_nothing_behind(stage: Stage) -> None:
         pipes |= {"env": os.environ | {"TMPDIR": str(folder)}, "start_new_session": True}
         pipes["cwd"] = HERE
         with subprocess.Popen([sys.executable, "starter.py", *line.split()], **pipes) as starter:
-            until(partial(any_file, folder, "orders-*/temporal.db"))
+            until(lambda folder: any(folder.glob("orders-*/temporal.db")), folder)
             time.sleep(seconds)
             for _ in range(2):  # in a hurry, and to its whole group, as a terminal does it
                 os.killpg(starter.pid, number)
@@ -1657,7 +1637,7 @@ def test_the_server_command_is_the_server_and_keeps_its_data(stage: Stage) -> No
         answers(nobody, 1, "cannot start a Temporal server")
     for known in (False, True):
         with subprocess.Popen(words, **pipes) as server:
-            within(seen(is_listening, address))
+            until(is_listening, address)
             taken = subprocess.run(words, cwd=copy, capture_output=True, text=True, timeout=LONG)
             answers(taken, 1, f"port {port} is taken")
             order = run("starter.py", "order", "kept", code=copy, TEMPORAL_ADDRESS=address)
@@ -1709,33 +1689,28 @@ def test_each_flag_of_temporals_own_command_in_the_readme_exists(line: str) -> N
 # The server of docker-compose.yml, with the binary from pip: namespaces, HTTP, the same flags.
 
 
-@pytest.fixture(scope="session")
-def composed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
-    """Run that server on ports of its own, and a worker in each of two namespaces."""
-    folder, port = tmp_path_factory.mktemp("composed"), free_port()
-    ports = ["--port", port, "--http-port", port + 10, "--ui-port", port + 1000]
-    here = ["--ip", "127.0.0.1", "--db-filename", folder / "temporal.db", "--namespace", "other"]
-    environment = {"TEMPORAL_ADDRESS": f"127.0.0.1:{port}"}
-    with pytest.MonkeyPatch.context() as patch, ExitStack() as stack:
-        patch.setenv("CHARGE_STORE", str(folder / "charge_store.db"))
-        for words, more in (
-            ([TEMPORAL, *composed_arguments(), *ports, *here, "--output", "none"], {}),
-            ([sys.executable, "worker.py"], environment),
-            ([sys.executable, "worker.py"], environment | {"TEMPORAL_NAMESPACE": "other"}),
-        ):
-            if more:
-                within(seen(is_listening, f"127.0.0.1:{port}"))
-            process = subprocess.Popen([*map(str, words)], cwd=HERE, env=os.environ | more)
-            stack.callback(process.wait, LONG)
-            stack.callback(process.kill)
-        yield port
-        assert store.audit()[1] == []
-
-
 def composed_arguments() -> list[str]:
     """Read the server's arguments out of docker-compose.yml."""
     text = (HERE / "docker-compose.yml").read_text(encoding="utf-8")
     return re.findall(r"^      - (\S+)", text.split("command:")[1].split("ports:")[0], re.MULTILINE)
+
+
+@pytest.fixture(scope="session")
+def composed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
+    """Run that server on a port of its own, and a worker in another namespace."""
+    stage = Stage(tmp_path_factory.mktemp("composed"), free_port())
+    words = [TEMPORAL, *composed_arguments(), *stage.server_command()[3:]]
+    words += ["--ip", "127.0.0.1", "--namespace", "other"]
+    with asyncio.Runner() as runner, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CHARGE_STORE", str(stage.folder / "charge_store.db"))
+        there = stage.environment() | {"TEMPORAL_NAMESPACE": "other"}
+        patch.setattr(stage, "environment", lambda: there)
+        patch.setattr(stage, "server_command", lambda: words)
+        runner.run(stage.start_server())
+        stage.start_worker()
+        yield stage
+        runner.run(stage.close())
+        assert store.audit()[1] == []
 
 
 def test_docker_compose_starts_the_server_with_the_flags_of_the_scripts() -> None:
@@ -1743,19 +1718,19 @@ def test_docker_compose_starts_the_server_with_the_flags_of_the_scripts() -> Non
     assert [word for word in composed_arguments() if word in flags] == flags
 
 
-def test_the_environment_alone_moves_everything_to_another_namespace(composed: int) -> None:
-    there = {"TEMPORAL_ADDRESS": f"127.0.0.1:{composed}", "TEMPORAL_NAMESPACE": "other"}
-    order = ["order", "elsewhere", "--review-seconds", "0", "--review", "timer", "--wait-result"]
-    answers(starter(*order, **there), 0, "elsewhere COMPLETED")
+def test_the_environment_alone_moves_everything_to_another_namespace(composed: Stage) -> None:
+    there = {"TEMPORAL_ADDRESS": composed.address, "TEMPORAL_NAMESPACE": "other"}
+    answers(starter("order", "elsewhere", *QUICK, **there), 0, "elsewhere COMPLETED")
     answers(signals("status", "elsewhere", **there), 0, "COMPLETED")
     there["TEMPORAL_NAMESPACE"] = "default"
     answers(signals("status", "elsewhere", **there), 1, "unknown order")
 
 
-def test_the_readmes_curl_commands_take_an_order_to_its_end(composed: int) -> None:
+def test_the_readmes_curl_commands_take_an_order_to_its_end(composed: Stage) -> None:
     section = README.split("\n## The same with `curl`\n")[1].split("\n## ")[0]
     script = "\necho\n".join(re.findall(r"```bash\n(.*?)```", section, re.DOTALL))
-    script = script.replace("localhost:7243", f"127.0.0.1:{composed + 10}")
+    script = script.replace("localhost:7243", f"127.0.0.1:{composed.port + 10}")
+    script = script.replace("namespaces/default", "namespaces/other")
     done = subprocess.run(["bash", "-ec", script], capture_output=True, text=True, timeout=LONG)
     assert done.returncode == 0, done
     answers = done.stdout.replace(" ", "")
@@ -1813,11 +1788,6 @@ class Counting(Player):
     check = show = tell = note = accept
 
 
-async def play_dry(exercise: Exercise, player: Counting) -> None:
-    """Play an exercise without doing anything, bounded."""
-    await asyncio.wait_for(exercise(player), LONG)
-
-
 @pytest.mark.parametrize("number", range(len(EXERCISES)))
 def test_each_exercise_has_its_words_and_a_part_to_do_for_each_thing_to_be_done(
     number: int, monkeypatch: pytest.MonkeyPatch
@@ -1827,7 +1797,7 @@ def test_each_exercise_has_its_words_and_a_part_to_do_for_each_thing_to_be_done(
     monkeypatch.setattr("starter.plain_job", lambda *_: argparse.Namespace(pid=0, kill=int))
     monkeypatch.setattr("starter.payloads", lambda *_: [{"address": "2 Side Street", "worker": 1}])
     player = Counting()
-    asyncio.run(play_dry(EXERCISES[number], player))
+    within(EXERCISES[number](player))
     assert text.count("\nDo. ") == player.acts
     for label in ("Predict", "Observe", "Explain"):
         assert text.count(f"\n{label}. ") == 1, label
@@ -1849,18 +1819,23 @@ def test_the_edits_of_the_exercises_are_the_ones_that_the_readme_tells(
 
 
 class Terminal:
-    """A program in a pseudo-terminal: read until it says something, type."""
+    """The starter in a pseudo-terminal: read until it says something, type."""
 
-    def __init__(self, words: list[str], cwd: Path = HERE, **environment: str) -> None:
+    def __init__(self, folder: Path, **environment: str) -> None:
+        """Start it from a copy of our scripts, which has the ledger beside it."""
         import fcntl  # not on Windows, where this one and its terminal cannot be
         import struct
         import termios
 
         self.master, slave = os.openpty()
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-        kept = {k: v for k, v in os.environ.items() if not k.startswith("TEMPORAL_")}
+        ours = ("TEMPORAL_", "CHARGE_STORE")
+        kept = {name: v for name, v in os.environ.items() if not name.startswith(ours)}
         self.process = subprocess.Popen(
-            words, cwd=cwd, env=kept | environment, preexec_fn=partial(os.login_tty, slave)
+            [sys.executable, "starter.py"],
+            cwd=folder,
+            env=kept | environment,
+            preexec_fn=partial(os.login_tty, slave),
         )
         os.close(slave)
         self.text = ""
@@ -1898,38 +1873,23 @@ class Terminal:
         return self.process.returncode
 
 
-class Guided(Terminal):
-    """A person's terminal, with a server, a worker and a ledger that are there, or without."""
-
-    def __init__(self, stage: Stage, name: str, *talk: tuple[str, str]) -> None:
-        """Begin on a wing that has a worker."""
-        self.wing = Wing(stage, name, own_ledger=True)
-        self.wing.start_worker()
-        shutil.copy(HERE / "README.md", self.wing.folder)
-        words = [sys.executable, "starter.py"]
-        super().__init__(words, self.wing.folder, **self.wing.environment())
-        self.play(*talk)
-
-
 def apart(folder: Path) -> Path:
     """Copy the scripts with a default address of their own, where no server is."""
     address = f'"localhost:{free_port()}"'
-    copy = changed_copy(folder, "worker.py", '"localhost:7233"', address)
-    shutil.copy(HERE / "README.md", copy)
-    return copy
+    return changed_copy(folder, "worker.py", '"localhost:7233"', address)
 
 
-def alone(stage: Stage, name: str) -> Terminal:
-    """Begin without a server, with a ledger of its own."""
-    copy = apart(stage.folder / name)
-    store_name = str(copy / "charge_store.db")
-    return Terminal([sys.executable, "starter.py"], copy, CHARGE_STORE=store_name)
+def guided(wing: Wing) -> Terminal:
+    """Begin where a server and a worker are there."""
+    wing.start_worker()
+    return Terminal(wing.folder, TEMPORAL_ADDRESS=wing.address)
 
 
 @by_hand
 def test_enter_all_the_way_plays_exercise_1_and_its_crash_is_real(stage: Stage) -> None:
     """One terminal, no server, no worker: the starter brings them and ends them."""
-    terminal = alone(stage, "enter")
+    copy = apart(stage.folder / "enter")
+    terminal = Terminal(copy)
     terminal.play(*((question, "") for question in (r"q \[1\]: ", r"\[customer-123\]: ")))
     terminal.play((r"Amount \[99.99\]: ", "9" * 5000), (r"must be an amount.*\n", "5"))
     terminal.play((r"Wait seconds \[10\]: ", "86400"), (r"must be 2 to 60 seconds.*\n", "6"))
@@ -1947,22 +1907,23 @@ def test_enter_all_the_way_plays_exercise_1_and_its_crash_is_real(stage: Stage) 
     terminal.read_until(r"Explain\.(?s:.*)done: 1 · next: 2 charge")
     terminal.play((r"q \[2\]: ", "?"), (r"x  1 (?s:.*)q \[2\]: ", "q"))
     assert terminal.close() == 0
-    ledger_file = str(stage.folder / "enter" / "charge_store.db")
-    audit = run("charge_store.py", "--audit", CHARGE_STORE=ledger_file)
+    audit = run("charge_store.py", "--audit", CHARGE_STORE=str(copy / "charge_store.db"))
     answers(audit, 0, "audit: 1 orders, clean")
 
 
 @by_hand
 def test_exercise_2_sees_what_a_person_does_in_other_terminals(stage: Stage) -> None:
-    terminal = Guided(stage, "hands", (r"q \[1\]: ", "2"), ("Enter begins: ", ""))
+    wing = Wing(stage, "hands", own_ledger=True)
+    terminal = guided(wing)
+    terminal.play((r"q \[1\]: ", "2"), ("Enter begins: ", ""))
     for stop, seen in ((signal.SIGINT, "has stopped"), (signal.SIGKILL, "is dead")):
-        worker = terminal.wing.workers.pop()
+        worker = wing.workers.pop()
         terminal.read_until(rf"Enter (stops|kills) worker {worker.pid} ")
         worker.send_signal(stop)
         worker.wait(LONG)
         terminal.read_until(f"worker {worker.pid} {seen}")
         terminal.read_until(r"Now: ")
-        terminal.wing.start_worker()
+        wing.start_worker()
         terminal.read_until("a new worker starts")
         terminal.read_until("attempt 2")
         if stop == signal.SIGINT:
@@ -1977,7 +1938,7 @@ def test_exercise_2_sees_what_a_person_does_in_other_terminals(stage: Stage) -> 
 
 def leave(stage: Stage, typed: bytes, code: int) -> None:
     """Leave a guided exercise in the middle of a wait."""
-    terminal = alone(stage, f"leaving-{typed.hex()}")
+    terminal = Terminal(apart(stage.folder / f"leaving-{typed.hex()}"))
     server = terminal.read_until(r"server: ([^,]+),")[1]
     terminal.play((r"q \[1\]: ", "nobody"), ("Enter begins: ", ""))
     order = terminal.read_until(r"(order-\w+) is placed")[1]
@@ -2002,7 +1963,8 @@ def test_who_leaves_in_the_middle_of_a_wait_leaves_nothing_behind(stage: Stage) 
 def test_what_comes_too_late_is_not_explained_and_the_exercise_is_offered_again(
     stage: Stage,
 ) -> None:
-    terminal = Guided(stage, "late-hands", (r"q \[1\]: ", "charge"), ("Enter begins: ", ""))
+    terminal = guided(Wing(stage, "late-hands", own_ledger=True))
+    terminal.play((r"q \[1\]: ", "charge"), ("Enter begins: ", ""))
     terminal.read_until(r"Enter stops worker")
     terminal.read_until(r"not shown: too late")
     told = terminal.read_until(r"next: 2 charge(?s:.*)q \[2\]: ")[0]
@@ -2014,20 +1976,20 @@ def test_what_comes_too_late_is_not_explained_and_the_exercise_is_offered_again(
 
 @by_hand
 def test_a_second_worker_that_nobody_thought_of_is_named(stage: Stage) -> None:
-    terminal = Guided(stage, "stray", (r"q \[1\]: ", "1"))
-    terminal.wing.start_worker()
-    until(lambda: terminal.wing.log().count("stop it: Ctrl+C") == 2)
-    terminal.play(("123]: ", "pty-9"), (r"99\]: ", "1"))
+    wing = Wing(stage, "stray", own_ledger=True)
+    terminal = guided(wing)
+    wing.start_worker()
+    until(lambda: wing.log().count("stop it: Ctrl+C") == 2)
+    terminal.play((r"q \[1\]: ", "1"), ("123]: ", "pty-9"), (r"99\]: ", "1"))
     terminal.play((r"10\]: ", "8"), (r"Enter kills worker", ""))
     named = terminal.read_until(r"not shown: [^(]*?(\d+)[^(]*serves")[1]
-    assert int(named) in {worker.pid for worker in terminal.wing.workers}
+    assert int(named) in {worker.pid for worker in wing.workers}
     terminal.play((r"q \[1\]: ", "q"))
     assert terminal.close() == 1
 
 
 def test_a_line_that_an_exercise_left_in_workflows_is_named(stage: Stage, tmp_path: Path) -> None:
     edited = changed_copy(tmp_path / "edited", *BUG)
-    shutil.copy(HERE / "README.md", edited)
     for code, is_named in ((edited, True), (HERE, False)):
         done = run("starter.py", code=code)
         assert (done.returncode, done.stderr) == (0, "")
