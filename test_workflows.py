@@ -71,18 +71,7 @@ from activities import (
     parse_order,
 )
 from signals import Bar, Event, Handle, find_bars, lanes, offer, read_events, read_history
-from starter import (
-    BUG,
-    CHECKED,
-    EXERCISES,
-    NAMES,
-    NO_KEY,
-    PATCHED,
-    Act,
-    Player,
-    end_of,
-    sections,
-)
+from starter import BUG, CHECKED, EXERCISES, NAMES, NO_KEY, PATCHED, Act, Player, end_of, sections
 from worker import (
     HERE,
     SERVER_FLAGS,
@@ -327,11 +316,7 @@ SCENARIOS: dict[str, Scenario] = {
         "REJECTED", UNPAID, {"wait_seconds": 2}, [("START", "reject", "1"), ("NOW", "approve", "2")]
     ),
     "rejected too late": Scenario(
-        "COMPLETED",
-        PAID,
-        SLOW_CHARGE | TIMED,
-        [("CHARGING", "reject")],
-        {"decision": "approved"},
+        "COMPLETED", PAID, SLOW_CHARGE | TIMED, [("CHARGING", "reject")], {"decision": "approved"}
     ),
     "the longest order id there is": Scenario("COMPLETED", PAID, {"order_id": "x" * 100}, YES),
     "card expired last month": Scenario(
@@ -369,10 +354,7 @@ SCENARIOS: dict[str, Scenario] = {
         [*YES, ("COMPENSATING", "cancel", "again"), ("COMPENSATING", "CANCEL")],
     ),
     "cancelled both ways at once": Scenario(
-        "CANCELLED",
-        REFUNDED,
-        SLOW_CHARGE,
-        [*YES, ("CHARGING", "cancel", "one"), ("NOW", "CANCEL")],
+        "CANCELLED", REFUNDED, SLOW_CHARGE, [*YES, ("CHARGING", "cancel", "one"), ("NOW", "CANCEL")]
     ),
     "cancelled before a late dispatch": Scenario(
         "CANCELLED",
@@ -428,10 +410,7 @@ SCENARIOS: dict[str, Scenario] = {
         [("EXPIRED", "RESET", -4)],
     ),
     "reset past its deadline": Scenario(
-        "COMPLETED",
-        PAID,
-        {"deadline_seconds": 20},
-        [*APPROVED, (20, "RESET WITH SIGNALS", 1)],
+        "COMPLETED", PAID, {"deadline_seconds": 20}, [*APPROVED, (20, "RESET WITH SIGNALS", 1)]
     ),
     "reset while its old child still ships": Scenario(
         "COMPLETED",
