@@ -2163,9 +2163,10 @@ worker 4                        charge ======|
                X its worker died   / told to
                stop   | end   - ran the code""",
     ),
-    "an order goes on: no server, then none again, code that fails, nobody follows a dead worker": (
+    "an order goes on: no server, then none again, code that fails, dead workers, not followed": (
         [*timed("wait", 0, 8)[:1], ran(1, 0, "FAILED"), ran(1, 3, "FAILED")],
         [
+            row("prepare_package", 1, 1, worker=3),  # 10 s ago: no answer comes any more
             row("server", 4, state="dead"),
             row("server", 5, state="lives"),
             CHARGING(5, 1, worker=2),
@@ -2175,6 +2176,7 @@ worker 4                        charge ======|
         """
 Temporal       wait ======....==========.....>
 worker 1       ?       ?
+worker 3          X prepare
 worker 2                     charge =X
                X its worker died   ? the code
                failed   > goes on   . no
@@ -2194,20 +2196,27 @@ worker 2                       dispatch =====>
                x failed   ! message   > goes
                on   | end   - ran the code""",
     ),
-    "a worker that fell silent died before the next attempt; one that lives only failed": (
-        [ran(1, 0), ran(2, 9), END],
+    "a worker died that fell silent or whose answer was lost; who lives failed or was stopped": (
+        [ran(1, 0.5), ran(2, 10), END],
         [
             CHARGING(0, 1, worker=1),
-            CHARGING(4, 2, worker=2),
-            CHARGING(7, 3, worker=3, ended="ok", seconds=3),
+            row("record_decision", 1, 1, worker=5, ended="ok", seconds=1),
+            CHARGING(3, 2, worker=2),
+            row("dispatch_carrier", 4, 1, worker=4, ended="ok", seconds=1),
+            CHARGING(6, 3, worker=3, ended="ok", seconds=3),
+            row("dispatch_carrier", 6, 2, worker=2, ended="CancelledError: stop", seconds=2),
+            row("record_decision", 9, 1, worker=3, ended="ok", seconds=1),  # by another run
         ],
         """
 Temporal
-worker 1       charge ==X
-worker 2                   ======x charge -
-worker 3                            charge ==|
+worker 1       ======X charge
+worker 5          ===| record
+worker 2         charge ======x  ======/     -
+worker 4                   ===X dispatch
+worker 3                         charge ==|==|
                X its worker died   x failed
-               | end   - ran the code""",
+               / told to stop   | end   - ran
+               the code""",
     ),
 }
 
@@ -2225,6 +2234,9 @@ def test_a_long_time_in_which_nothing_is_done_is_shortened_and_told(waits: list[
         clock, temporal, *more = lanes(find_bars(events, [], 700), columns)
         assert clock.endswith(" 10 min") and "~~~" in temporal and "time shortened" in more[2]
         assert max(map(len, [clock, temporal, *more])) <= columns
+    work = [CHARGING(0, 1, worker=1, ended="ok", seconds=600)]
+    for bars in (find_bars(events, work, 700), find_bars([ran(1, 0), ran(2, 11), END], [], 700)):
+        assert "~" not in "".join(lanes(bars))
 
 
 @pytest.mark.parametrize(
