@@ -254,12 +254,9 @@ async def silence(handle: Handle) -> str:
     """Say why a question has no answer, and what to do."""
     if await code_failure(handle) is not None:
         return f"the workflow's code fails; see: {see('history', handle.id)}"
-    description = await handle.describe()
-    if description.raw_description.pending_workflow_task.HasField("started_time"):
-        return (
-            f"a worker has taken it up and replays {description.history_length} events;"
-            " if it died meanwhile, another one gets it within 10 s"
-        )
+    now = await handle.describe()
+    if now.raw_description.pending_workflow_task.HasField("started_time"):
+        return f"a worker replays {now.history_length} events; if it died, another will within 10 s"
     return f"no worker answers; start one in another terminal: {command('worker.py')}"
 
 
@@ -355,15 +352,13 @@ async def follow(client: Client, order_id: str, tend: Callable[[], Any] | None =
             tend()
     try:
         result = await persist(handle.result)
-    except WorkflowFailureError as error:
-        cause: Any = error
-        while getattr(cause, "cause", None):
-            cause = cause.cause
-        sys.exit(f"{handle.id} FAILED: {cause}")
-    end = result["status"] if isinstance(result, dict) else result or "COMPLETED"
-    if end == "COMPLETED":
-        screen.show(end, [f"    [x] {done}" for done in TRACKER.values()])
-    say(f"{handle.id} {end}")
+    except WorkflowFailureError:
+        end = (await persist(lambda: read_history(handle)))[-1]
+        sys.exit(f"{handle.id} FAILED: {SENTENCES[end.kind](end)}")
+    state = result["status"] if isinstance(result, dict) else result or "COMPLETED"
+    if state == "COMPLETED":
+        screen.show(state, [f"    [x] {done}" for done in TRACKER.values()])
+    say(f"{handle.id} {state}")
     return 0
 
 
