@@ -19,7 +19,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
-from math import ceil, floor
 from typing import Any
 
 from temporalio.api.enums.v1 import EventType, TaskQueueType, TimeoutType, WorkflowTaskFailedCause
@@ -226,18 +225,15 @@ async def find(client: Client, order_id: str) -> tuple[Handle, WorkflowExecution
         sys.exit(f"unknown order '{order_id}'; see: {see('list')}")
 
 
-async def ask(
-    handle: Handle, description: WorkflowExecutionDescription | None = None
-) -> tuple[dict[str, Any], str]:
+async def ask(handle: Handle) -> tuple[dict[str, Any], str]:
     """Ask an order for its status; return that, empty if there is none, and where it stands."""
-    description = description or await handle.describe()
+    description = await handle.describe()
     if description.workflow_type != "OrderWorkflow" and description.status:
         return {}, description.status.name  # it has no such query; Temporal's word will do
     task = description.raw_description.pending_workflow_task
-    fails = task.attempt > 1 and await code_failure(handle) is not None
-    untaken = task.attempt > 0 and not task.HasField("started_time")
     since = task.original_scheduled_time.ToMilliseconds() / 1000
-    if fails or (untaken and time.time() - since > RPC_TIMEOUT.total_seconds()):
+    untaken = task.attempt > 0 and not task.HasField("started_time")
+    if untaken and time.time() - since > RPC_TIMEOUT.total_seconds():
         return {}, await silence(handle)  # a question would only wait behind that task
     # A worker that has not got the order in memory replays a thousand events in under a second.
     patience = RPC_TIMEOUT + timedelta(milliseconds=description.history_length)
@@ -258,12 +254,9 @@ async def silence(handle: Handle) -> str:
     """Say why a question has no answer, and what to do."""
     if await code_failure(handle) is not None:
         return f"the workflow's code fails; see: {see('history', handle.id)}"
-    description = await handle.describe()
-    if description.raw_description.pending_workflow_task.HasField("started_time"):
-        return (
-            f"a worker has taken it up and replays {description.history_length} events;"
-            " if it died meanwhile, another one gets it within 10 s"
-        )
+    now = await handle.describe()
+    if now.raw_description.pending_workflow_task.HasField("started_time"):
+        return f"a worker replays {now.history_length} events; if it died, another will within 10 s"
     return f"no worker answers; start one in another terminal: {command('worker.py')}"
 
 
@@ -282,19 +275,16 @@ async def pollers(client: Client, queue: str) -> set[int]:
 
 async def code_failure(handle: Handle) -> str | None:
     """Tell how a worker last failed in the workflow's code; None: it did not, or it was killed."""
-    failure = None
-    for event in await read_history(handle):
-        if event.kind == "WORKFLOW_TASK_FAILED":
-            failure = why(event.a.failure)
-        elif event.kind in ("WORKFLOW_TASK_COMPLETED", "WORKFLOW_TASK_TIMED_OUT", "RESET"):
-            failure = None
-    return failure
+    kinds = [f"WORKFLOW_TASK_{how}" for how in ("FAILED", "COMPLETED", "TIMED_OUT")]
+    ends = [event for event in await read_history(handle) if event.kind in (*kinds, "RESET")]
+    failed = ends and ends[-1].kind == "WORKFLOW_TASK_FAILED"
+    return why(ends[-1].a.failure) if failed else None
 
 
 async def status(client: Client, options: argparse.Namespace) -> int:
     """Print an order's status, or what Temporal knows of another workflow."""
     handle, description = await find(client, options.order_id)
-    status, state = await ask(handle, description)
+    status, state = await ask(handle)
     if not status and description.workflow_type == "OrderWorkflow":
         sys.exit(f"{handle.id}: {state}")
     if not status:
@@ -342,46 +332,40 @@ async def events(options: argparse.Namespace) -> int:
 # Watching an order.
 
 
-async def follow(
-    client: Client, order_id: str, plain: bool = False, each_time: Callable[[], Any] | None = None
-) -> int:
-    """Draw an order until it ends, in place on a terminal, else a line at each change.
+async def follow(client: Client, order_id: str, tend: Callable[[], Any] | None = None) -> int:
+    """Draw an order until it ends: in place on a terminal, else a line at each change.
 
-    Returns 0; exits with 1 and a line if it failed.
+    `tend` looks after workers of ours, whose lines stand between ours. Exits with 1 if it failed.
     """
     handle, description = await find(client, order_id)
-    screen = Screen(plain)
+    screen = Screen(plain=tend is not None)
     while description.status == RUNNING:
         try:
-            screen.show(*await picture(client, handle, description))
+            screen.show(*await picture(client, handle))
             await asyncio.sleep(0.2)
             description = await handle.describe()
         except RPCError as error:
             if error.status not in SERVER_DOWN:
                 raise
             screen.show("the server does not answer; it keeps the order, so we wait for it")
-        if each_time:
-            each_time()
+        if tend:
+            tend()
     try:
         result = await persist(handle.result)
-    except WorkflowFailureError as error:
-        cause: Any = error
-        while getattr(cause, "cause", None):
-            cause = cause.cause
-        sys.exit(f"{handle.id} FAILED: {cause}")
-    end = result["status"] if isinstance(result, dict) else result or "COMPLETED"
-    if end == "COMPLETED":
-        screen.show(end, [f"    [x] {done}" for done in TRACKER.values()])
-    say(f"{handle.id} {end}")
+    except WorkflowFailureError:
+        end = (await persist(lambda: read_history(handle)))[-1]
+        sys.exit(f"{handle.id} FAILED: {SENTENCES[end.kind](end)}")
+    state = result["status"] if isinstance(result, dict) else result or "COMPLETED"
+    if state == "COMPLETED":
+        screen.show(state, [f"    [x] {done}" for done in TRACKER.values()])
+    say(f"{handle.id} {state}")
     return 0
 
 
-async def picture(
-    client: Client, handle: Handle, description: WorkflowExecutionDescription
-) -> tuple[str, list[str]]:
+async def picture(client: Client, handle: Handle) -> tuple[str, list[str]]:
     """Return an order's headline and its steps: done, now, still to come."""
-    _, state = await ask(handle, description)
-    activities = description.raw_description.pending_activities
+    _, state = await ask(handle)
+    activities = (await handle.describe()).raw_description.pending_activities
     attempts = [activity.attempt for activity in activities if activity.attempt > 1]
     headline = state + (f", attempt {attempts[0]}" if attempts else "")
     if state == "AWAITING_REVIEW":
@@ -431,9 +415,7 @@ SENTENCES: dict[str, Callable[[Event], str]] = {
     "UPDATE_ACCEPTED": lambda e: f"update {e.a.accepted_request.input.name} is accepted",
     "WORKFLOW_TASK_STARTED": lambda e: f"{e.worker} takes the workflow up",
     "WORKFLOW_TASK_TIMED_OUT": lambda _: "that worker does not answer; any other may take it",
-    "WORKFLOW_TASK_FAILED": lambda e: (
-        f"{e.worker} fails in the workflow's code: {why(e.a.failure)}"
-    ),
+    "WORKFLOW_TASK_FAILED": lambda e: f"the code fails on {e.worker}: {why(e.a.failure)}",
     "RESET": lambda _: "reset to here: from now on this is another run",
     "ACTIVITY_TASK_STARTED": lambda e: f"{e.name} runs on {e.worker}{again(e.a)}",
     "ACTIVITY_TASK_COMPLETED": lambda e: f"{e.name} is done",
@@ -451,8 +433,6 @@ SENTENCES: dict[str, Callable[[Event], str]] = {
 }
 # A message came while the workflow's last task was done: that is done again, the code is all right.
 OVERTAKEN = WorkflowTaskFailedCause.WORKFLOW_TASK_FAILED_CAUSE_UNHANDLED_COMMAND
-MESSAGES = ("SIGNALED", "UPDATE_ACCEPTED", "CANCEL_REQUESTED")
-ENDS = ("COMPLETED", "FAILED", "CANCELED", "TERMINATED", "TIMED_OUT")
 
 
 def why(failure: Any) -> str:
@@ -540,7 +520,7 @@ async def show_lanes(handle: Handle) -> None:
 # An order's life as lanes: Temporal's, and one for each worker, over time.
 
 LABEL = 15  # columns for a lane's name
-STEPS = [n * unit for unit in (0.001, 0.01, 0.1, 1, 10, 60, 600, 3600, 36000) for n in (1, 2, 5)]
+STEPS = [n * unit for unit in (0.001, 0.01, 0.1, 1, 10, 60, 600, 3600) for n in (1, 2, 5)]
 MARKS = {
     "X": "its worker died",
     "x": "failed",
@@ -554,6 +534,10 @@ MARKS = {
     "-": "ran the code",
 }
 RANK = " -=~.|>!/?xX"  # where two characters meet, the latter is drawn
+WAITS = ("TIMER_STARTED", "CHILD_WORKFLOW_EXECUTION_STARTED")
+MESSAGES = ("SIGNALED", "UPDATE_ACCEPTED", "CANCEL_REQUESTED")
+MOMENTS = {"WORKFLOW_TASK_COMPLETED": "-", "WORKFLOW_TASK_FAILED": "?"}
+MOMENTS |= dict.fromkeys(MESSAGES, "!")
 DEATHS = {"killed": "X", "stopped": "/"}  # events of who ends workers, with the worker's pid
 
 
@@ -570,66 +554,53 @@ class Bar:
 
 def find_bars(events: list[Event], rows: list[dict[str, Any]], now: float) -> list[Bar]:
     """Find what is to be drawn in an order's history and in its events in the ledger."""
-    ended = events[-1].kind in ENDS
-    end = events[-1].at if ended else now
-    rows = [row | {"told": json.loads(row["payload_json"])} for row in rows]
-    rows = [row | {"lane": f"worker {row['told'].get('worker', '?')}"} for row in rows]
-    rows = [row for row in rows if row["attempt"] or row["ts"] <= end]
-    bars = temporal_bars(events, end, "|" if ended else ">") + outages(rows, end)
-    return bars + worker_bars(rows, bars, ended, now)
-
-
-def temporal_bars(events: list[Event], end: float, mark: str) -> list[Bar]:
-    """Make a bar of each timer and child, a mark of each message and each run of the code."""
+    ended = events[-1].kind in WorkflowExecutionStatus.__members__
+    end, mark = (events[-1].at, "|") if ended else (now, ">")
     bars: list[Bar] = []
     waits: dict[int, Bar] = {}  # by the id of the event that began them
     for event in events:
-        if event.kind == "TIMER_STARTED":
-            waits[event.begun] = Bar("Temporal", event.at, end, mark, event.name)
-        elif event.kind == "START_CHILD_WORKFLOW_EXECUTION_INITIATED":
-            waits[event.begun] = Bar("Temporal", event.at, end, mark, "shipping")
-        elif event.begun in waits and not event.kind.endswith("STARTED"):
+        lane = "Temporal" if event.kind in MESSAGES else event.worker
+        if event.kind in WAITS and event.name != "Deadline":
+            # A child is called by the first word of its id, ship-<order id>.
+            name = event.name.partition("-")[0]
+            waits[event.begun] = Bar("Temporal", event.at, end, mark, name)
+        elif event.begun in waits:
             waits[event.begun].end, waits[event.begun].mark = event.at, "|"
-        elif event.kind in MESSAGES:
-            bars.append(Bar("Temporal", event.at, event.at, "!"))
-        elif event.kind == "WORKFLOW_TASK_COMPLETED" and event.worker:
-            bars.append(Bar(event.worker, event.at, event.at, "-"))
-        elif event.kind == "WORKFLOW_TASK_FAILED" and event.worker:
-            bars.append(Bar(event.worker, event.at, event.at, "?"))
-    return bars + [wait for wait in waits.values() if wait.name != "Deadline"]
+        elif event.kind in MOMENTS and lane:
+            bars.append(Bar(lane, event.at, event.at, MOMENTS[event.kind]))
+    bars += waits.values()
+    return bars + ledger_bars(rows, bars, end, now)
 
 
-def outages(rows: list[dict[str, Any]], end: float) -> list[Bar]:
-    """Make a bar of each time without a server; who kills one may leave such events."""
-    bars: list[Bar] = []
-    for row in (row for row in rows if row["type"] == "server"):
-        if row["told"]["state"] == "dead":
-            bars.append(Bar("Temporal", row["ts"], end, "."))
-        elif bars:
-            bars[-1].end = row["ts"]
-    return bars
-
-
-def worker_bars(rows: list[dict[str, Any]], seen: list[Bar], closed: bool, now: float) -> list[Bar]:
-    """Make a bar of each attempt and tell how it ended; `seen` tells when workers lived too."""
+def ledger_bars(rows: list[dict[str, Any]], seen: list[Bar], until: float, now: float) -> list[Bar]:
+    """Make a bar of each attempt, death and outage; `seen` tells when workers lived too."""
+    rows = [json.loads(row["payload_json"]) | row for row in rows]
+    rows = [row | {"lane": f"worker {row.get('worker', '?')}"} for row in rows]
     attempts = [row for row in rows if row["attempt"]]
-    died = {row["lane"]: (row["ts"], DEATHS[row["type"]]) for row in rows if row["type"] in DEATHS}
+    notes = [row for row in rows if not row["attempt"] and row["ts"] <= until]
     alive = [(bar.lane, bar.begin) for bar in seen] + [(row["lane"], row["ts"]) for row in attempts]
-    bars = [Bar(lane, at, at, mark) for lane, (at, mark) in died.items()]
+    last_seen = dict(sorted(alive))
+    deaths = [row for row in notes if row["type"] in DEATHS]
+    bars = [Bar(row["lane"], row["ts"], row["ts"], DEATHS[row["type"]]) for row in deaths]
+    died = {bar.lane: (bar.end, bar.mark) for bar in bars}
+    server = [(row["ts"], row["state"]) for row in notes if row["type"] == "server"]
+    for (at, state), (back, _) in itertools.pairwise([*server, (until, "")]):
+        if state == "dead":
+            bars.append(Bar("Temporal", at, back, "."))
     for n, row in enumerate(attempts):
-        lane, begin, ended = row["lane"], row["ts"], row["told"].get("ended", "")
-        end, mark = begin + row["told"].get("seconds", 0), "|"
+        lane, begin, ended = row["lane"], row["ts"], row.get("ended", "")
         later = [a for a in attempts[n + 1 :] if a["type"] == row["type"]]
         again = next((a["ts"] for a in later if a["attempt"] > row["attempt"]), 0)
         # Nothing was seen of its worker since, or since another attempt took over.
-        gone = not any(lane == its and at > (again or begin) for its, at in alive)
+        gone = last_seen[lane] <= (again or begin)
+        end, mark = begin + row.get("seconds", 0), "|"
         if ended == "ok":  # and yet tried again, if the answer was lost with its worker
             mark = "X" if again and gone and lane not in died else "|"
         elif ended:
             mark = "/" if ended.startswith("CancelledError") else "x"
         elif lane in died:
             end, mark = died[lane]
-        elif not again and (not closed or now - begin < START_TO_CLOSE.total_seconds()):
+        elif not again and now - begin < START_TO_CLOSE.total_seconds():
             end, mark = now, ">"
         else:  # nobody saw the end, but another attempt comes after a heartbeat's silence
             end, mark = max(begin, again - HEARTBEAT.total_seconds()), "X" if gone else "x"
@@ -642,22 +613,21 @@ def lanes(bars: list[Bar], columns: int = 79) -> list[str]:
     if not bars:
         return ["no worker has taken it up yet"]
     width = max(20, columns - LABEL)
-    column, shortened, clock = time_scale(bars, width)
+    shortened, column, clock = time_scale(bars, width)
     drawn = {"Temporal": [" "] * width}
-    bars = sorted(bars, key=lambda bar: bar.begin)
-    for bar in bars:
+    for bar in sorted(bars + shortened, key=lambda bar: bar.begin):
         lane = drawn.setdefault(bar.lane, [" "] * width)
-        idle = bar.lane == "Temporal" and any(bar.begin <= at < bar.end for at in shortened)
-        fill = "." if bar.mark == "." else "~" if idle else "="
-        begin, end = column(bar.begin), column(bar.end)
+        fill = bar.mark if bar.mark in ".~" else "="
+        begin, end = column[bar.begin], column[bar.end]
         for at, character in enumerate(fill * (end - begin) + bar.mark, begin):
-            if RANK.index(character) > RANK.index(lane[at]):
-                lane[at] = character
+            lane[at] = max(lane[at], character, key=RANK.index)
     seen = set(itertools.chain(*drawn.values()))
     legend = [f"{mark} {words}" for mark, words in MARKS.items() if mark in seen]
     # Names where there is room, first of what went wrong, then of what took long.
-    for bar in sorted(bars, key=lambda bar: (bar.mark in "|>", bar.begin - bar.end)):
-        write_name(drawn[bar.lane], bar.name, column(bar.begin), column(bar.end))
+    for bar in sorted(
+        (bar for bar in bars if bar.name), key=lambda bar: (bar.mark in "|>", bar.begin - bar.end)
+    ):
+        write_name(drawn[bar.lane], bar.name, column[bar.begin], column[bar.end])
     margin = " " * LABEL
     lines = [f"{lane[: LABEL - 1]:{LABEL}}{''.join(drawn[lane])}".rstrip() for lane in drawn]
     words = textwrap.wrap("   ".join(legend), width)
@@ -668,49 +638,43 @@ def write_name(lane: list[str], name: str, begin: int, end: int) -> None:
     """Write a bar's name into it, else behind it, else before it, if there is room."""
     drawn, length = "".join(lane), len(name) + 1
     inside = max(drawn.find(fill * length, begin, end) for fill in "=~")
-    if name and inside >= 0:
+    if inside >= 0:
         lane[inside : inside + length] = f"{name} "
-    elif name and end + length < len(lane) and not drawn[end + 1 : end + length + 3].strip(" -"):
+    elif end + length < len(lane) and not drawn[end + 1 : end + length + 3].strip(" -"):
         lane[end + 1 : end + 1 + length] = f" {name}"
-    elif name and begin >= length and not drawn[max(0, begin - length - 2) : begin].strip(" -"):
+    elif begin >= length and not drawn[max(0, begin - length - 2) : begin].strip(" -"):
         lane[begin - length : begin] = f"{name} "
 
 
-def time_scale(bars: list[Bar], width: int) -> tuple[Callable[[float], int], list[float], str]:
+def time_scale(bars: list[Bar], width: int) -> tuple[list[Bar], dict[float, int], str]:
     """Lay time out over the columns, idle time shortened where it leaves no room for the rest.
 
-    Returns the column of a moment, the moments at which shortened time begins, and the clock.
+    Returns a bar for each time that is shortened, the column of each moment, and the clock.
     """
     moments = sorted({moment for bar in bars for moment in (bar.begin, bar.end)})
-    gaps = list(itertools.pairwise(moments))
-    length = {b: e - b for b, e in gaps}
-    work = [(bar.begin, bar.end) for bar in bars if bar.lane != "Temporal"]
-    idle = [b for b, e in gaps if not any(begin <= b and e <= end for begin, end in work)]
+    gaps = [Bar("Temporal", begin, end, "~") for begin, end in itertools.pairwise(moments)]
+    work = [bar for bar in bars if bar.lane != "Temporal"]
+    busy = [g for g in gaps if any(bar.begin <= g.begin and g.end <= bar.end for bar in work)]
     # More than 12 s in which nothing is done take no more room than three times what is done.
-    longest = max(1, 3 * sum(length[b] for b in length if b not in idle))
-    shortened = [b for b in idle if length[b] > max(12, longest)]
-    length |= dict.fromkeys(shortened, longest)
-    columns_a_second = (width - 1) / max(0.001, sum(length.values()))
-    place = dict(zip(moments, itertools.accumulate([0.0, *length.values()]), strict=True))
-    jumps = {place[e]: e - moments[0] for b, e in gaps if b in shortened}
-    labels = {0.0: 0.0} | jumps
-    step = next((s for s in STEPS if s * columns_a_second >= 9), STEPS[-1])
-    for b, e in gaps:
-        if b not in shortened:
-            for n in range(ceil((b - moments[0]) / step), floor((e - moments[0]) / step) + 1):
-                labels.setdefault(place[b] + n * step - (b - moments[0]), n * step)
-    clock, told = [" "] * width, set[str]()
-    # What was shortened must be told, if need be a little to the left; else where there is room.
-    for at in sorted(labels, key=lambda at: (at > 0 and at not in jumps, at)):
-        seconds, column = labels[at], round(at * columns_a_second)
-        text = f"{round(seconds, 2):g} s" if seconds < 120 else f"{round(seconds / 60, 1):g} min"
-        column = min(column, width - len(text)) if at in jumps else column
-        end = column + len(text)
-        room = clock[max(0, column - 2) : end + 2]
-        if end <= width and text not in told and not "".join(room).strip():
-            clock[column:end] = text
-            told.add(text)
-    return lambda moment: round(place[moment] * columns_a_second), shortened, "".join(clock)
+    longest = max(1, 3 * sum(gap.end - gap.begin for gap in busy))
+    idle = [gap for gap in gaps if gap not in busy]
+    shortened = [gap for gap in idle if gap.end - gap.begin > max(12, longest)]
+    lengths = [longest if gap in shortened else gap.end - gap.begin for gap in gaps]
+    scale = (width - 1) / max(0.001, sum(lengths))
+    step = next((step for step in STEPS if step * scale >= 9), STEPS[-1])
+    clock, tick, place, column = "0 s", step, 0.0, {moments[0]: 0}
+    for gap, length in zip(gaps, lengths, strict=True):
+        while tick <= place + length:
+            seconds = gap.begin - moments[0] + (tick - place) * (gap.end - gap.begin) / length
+            text = f"{seconds:.3g} s" if seconds < 120 else f"{round(seconds / 60, 1):g} min"
+            # Where there is room; at the right edge a little to the left.
+            at = min(round(tick * scale), width - len(text))
+            if text not in clock and at > len(clock) + 1:
+                clock = clock.ljust(at) + text
+            tick += step
+        place += length
+        column[gap.end] = round(place * scale)
+    return shortened, column, clock
 
 
 # The command line.
@@ -736,10 +700,7 @@ VERBS: dict[str, tuple[Callable[..., Coroutine[Any, Any, int]], str]] = {
     "cancel": (cancel, "cancel; without an id on a terminal: offers the running orders"),
     "update-address": (update_address, "change the address, before shipping begins"),
     "status": (status, "ask the workflow where it stands"),
-    "watch": (
-        lambda client, options: follow(client, options.order_id),
-        "follow the order to its end; exit 1 if it failed",
-    ),
+    "watch": (lambda c, o: follow(c, o.order_id), "follow an order to its end; exit 1 if FAILED"),
     "events": (events, "what happened, from the ledger"),
     "history": (history, "what happened, as lanes and from Temporal's history"),
     "list": (list_orders, "the newest orders and charges"),
@@ -755,13 +716,13 @@ def parse_arguments() -> argparse.Namespace:
         if verb == "list":
             sub.add_argument("--limit", type=positive, default=20, help="default 20")
             continue
-        sub.add_argument("order_id", nargs="?" if verb in ("approve", "reject", "cancel") else None)
+        offered = verb in ("approve", "reject", "cancel")
+        sub.add_argument("order_id", nargs="?" if offered else None)
         if verb == "update-address":
             sub.add_argument("address")
-        if verb in ("approve", "reject"):
-            sub.add_argument("--note", type=note, default="", help="why, up to 500 characters")
-        if verb == "cancel":
-            sub.add_argument("--reason", type=note, default="", help="why, up to 500 characters")
+        if offered:
+            word = "--reason" if verb == "cancel" else "--note"
+            sub.add_argument(word, type=note, default="", help="why, up to 500 characters")
     options: argparse.Namespace = parser.parse_args()
     return options
 

@@ -106,10 +106,10 @@ async def place(options: argparse.Namespace) -> int:
         page = f"namespaces/{client.namespace}/workflows/{order.order_id}"
         say(f"see it: {web_ui(stage.address)}/{page}")
         if ours:
-            return await signals.follow(client, order.order_id, True, each_time=stage.revive)
+            return await signals.follow(client, order.order_id, tend=stage.revive)
         if options.wait_result:
             return await signals.follow(client, order.order_id)
-        say((await signals.picture(client, handle, await handle.describe()))[0])
+        say((await signals.picture(client, handle))[0])
         return 0
 
 

@@ -28,7 +28,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, nullcontext, redirect_stderr, redirect_stdout, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
@@ -1948,8 +1948,10 @@ def test_a_crowd_in_which_nobody_was_asked_twice_shows_nothing(_: Stage) -> None
 
 
 def bars_of(outcome: Outcome) -> list[Bar]:
-    """Make the bars of an order's attempts."""
+    """Make the bars of an order's attempts, and see to it that all of its bars fit a terminal."""
     bars = find_bars(read_events(outcome.history.events), outcome.events, time.time())
+    for columns in (79, 59):
+        assert max(map(len, lanes(bars, columns))) <= columns
     return [bar for bar in bars if bar.lane != "Temporal" and bar.mark not in "-?"]
 
 
@@ -1959,40 +1961,18 @@ def bars_of(outcome: Outcome) -> list[Bar]:
 def test_each_attempt_is_a_bar_and_nobody_died_who_lived(name: str, played: dict[str, Any]) -> None:
     bars = bars_of(played[name])
     attempts = [event for event in played[name].events if event["attempt"]]
-    seconds = [json.loads(event["payload_json"])["seconds"] for event in attempts]
+    told = [json.loads(event["payload_json"]) for event in attempts]
     assert [bar.begin for bar in bars] == [event["ts"] for event in attempts]
+    seconds = [payload["seconds"] for payload in told]
     assert [bar.end - bar.begin for bar in bars] == pytest.approx(seconds, abs=0.001)
-    failed = [json.loads(event["payload_json"])["ended"] != "ok" for event in attempts]
-    assert [bar.mark == "x" for bar in bars] == failed
-    assert "X" not in "".join(bar.mark for bar in bars)
+    ends = ["|" if payload["ended"] == "ok" else "x" for payload in told]
+    assert [bar.mark for bar in bars] == ends
 
 
 @pytest.mark.parametrize("name", CRASHES)
 def test_each_death_is_a_cross(name: str, crashed: dict[str, Any]) -> None:
     crosses = {bar.name for bar in bars_of(crashed[name]) if bar.mark == "X"}
     assert crosses >= {step.partition("_")[0] for step in GROUPS[name.split()[0]]}
-
-
-def shifted(outcome: Outcome, timer: int, seconds: float) -> Outcome:
-    """Make a timer, the first is 0, take so many seconds longer."""
-    events = [HistoryEvent.FromString(e.SerializeToString()) for e in outcome.history.events]
-    ends = [n for n, e in enumerate(events) if e.HasField("timer_canceled_event_attributes")]
-    moment = events[ends[timer]].event_time.ToNanoseconds() / 1e9
-    for event in events[ends[timer] - 3 :]:
-        event.event_time.FromNanoseconds(event.event_time.ToNanoseconds() + int(seconds * 1e9))
-    rows = [
-        row | {"ts": row["ts"] + seconds * (row["ts"] > moment - 0.001)} for row in outcome.events
-    ]
-    return replace(outcome, history=WorkflowHistory("shifted", events), events=rows)
-
-
-def test_lanes_fit_79_columns_and_say_that_time_is_shortened(played: dict[str, Any]) -> None:
-    outcome = shifted(played["approved"], 1, 600)
-    bars = find_bars(read_events(outcome.history.events), outcome.events, time.time() + 600)
-    for columns in (79, 59):
-        lines = lanes(bars, columns)
-        assert max(map(len, lines)) <= columns
-        assert "~" in lines[1] and "time shortened" in "".join(lines) and " min" in lines[0]
 
 
 END = Event("COMPLETED", 10, None, 99, "", "")
@@ -2014,122 +1994,102 @@ def row(type_: str, ts: float, attempt: int = 0, **payload: Any) -> dict[str, An
     return {"type": type_, "ts": ts, "attempt": attempt, "payload_json": json.dumps(payload)}
 
 
-WAITED = [ran(1, 0), *timed("wait", 0, 8), ran(2, 8), END]
 CHARGING = partial(row, "charge_payment")
 PICTURES: dict[str, tuple[list[Event], list[dict[str, Any]], str]] = {
     # (history, ledger, what is drawn at 11 s)
-    "a worker is killed that has nothing in its hands": (
-        WAITED,
-        [row("killed", 2, worker=1), CHARGING(8, 1, worker=2, ended="ok", seconds=2)],
+    "a worker with nothing in its hands is killed or stopped; one dies at work at a known moment": (
+        [ran(1, 0), *timed("1/2 x", 0, 8), ran(2, 1), END],
+        [
+            row("killed", 2, worker=1),
+            row("stopped", 4, worker=2),
+            CHARGING(4, 1, worker=3),
+            row("killed", 5, worker=3),
+            CHARGING(8, 2, worker=4, ended="ok", seconds=2),
+            row("killed", 11, worker=4),  # after the end
+        ],
         """
-Temporal       wait ===================|
+Temporal       1/2 x ==================|
 worker 1       -     X
-worker 2                        charge ======|
-               X its worker died   | end   -
-               ran the code""",
+worker 2          -        /
+worker 3                   ===X charge
+worker 4                        charge ======|
+               X its worker died   / told to
+               stop   | end   - ran the code""",
     ),
-    "a worker is stopped that has nothing in its hands, and after the end another one is killed": (
-        WAITED,
-        [row("stopped", 4, worker=1), row("killed", 11, worker=2)],
+    "an order goes on: no server, then none again, code that fails, dead workers, not followed": (
+        [*timed("wait", 0, 8)[:1], ran(1, 0, "FAILED"), ran(1, 3, "FAILED")],
+        [
+            row("prepare_package", 1, 1, worker=3),  # 10 s ago: no answer comes any more
+            row("server", 4, state="dead"),
+            row("server", 5, state="lives"),
+            CHARGING(5, 1, worker=2),
+            row("killed", 8, worker=2),
+            row("server", 9, state="dead"),
+        ],
         """
-Temporal       wait =========================|
-worker 1       -              /
-worker 2                                     -
+Temporal       wait ======....==========.....>
+worker 1       ?       ?
+worker 3          X prepare
+worker 2                     charge =X
+               X its worker died   ? the code
+               failed   > goes on   . no
+               server""",
+    ),
+    "names stand beside bars that are too short; an attempt goes on when its order has ended": (
+        [ran(1, 0), *timed("Deadline", 0, 9), Event("SIGNALED", 5, None, 9, "", "worker 9"), END],
+        [
+            CHARGING(1, 1, worker=1, ended="Outage", seconds=0.01),
+            row("dispatch_carrier", 6, 1, worker=2),
+            CHARGING(10, 2, worker=1, ended="ok", seconds=0.01),
+        ],
+        """
+Temporal                     !
+worker 1       -  x charge         charge |
+worker 2                       dispatch =====>
+               x failed   ! message   > goes
+               on   | end   - ran the code""",
+    ),
+    "a worker died that fell silent or whose answer was lost; who lives failed or was stopped": (
+        [ran(1, 0.5), ran(2, 10), END],
+        [
+            CHARGING(0, 1, worker=1),
+            row("record_decision", 1, 1, worker=5, ended="ok", seconds=1),
+            CHARGING(3, 2, worker=2),
+            row("dispatch_carrier", 4, 1, worker=4, ended="ok", seconds=1),
+            CHARGING(6, 3, worker=3, ended="ok", seconds=3),
+            row("dispatch_carrier", 6, 2, worker=2, ended="CancelledError: stop", seconds=2),
+            row("record_decision", 9, 1, worker=3, ended="ok", seconds=1),  # by another run
+        ],
+        """
+Temporal
+worker 1       ======X charge
+worker 5          ===| record
+worker 2         charge ======x  ======/     -
+worker 4                   ===X dispatch
+worker 3                         charge ==|==|
+               X its worker died   x failed
                / told to stop   | end   - ran
                the code""",
     ),
-    "nobody followed the dead worker up yet": (
-        [ran(1, 0)],
-        [CHARGING(0, 1, worker=1), row("killed", 6, worker=1)],
-        """
-Temporal
-worker 1       charge =======================X
-               X its worker died""",
-    ),
-    "the moment of a death is known": (
-        [ran(1, 0), END],
-        [
-            CHARGING(0, 1, worker=1),
-            row("killed", 4, worker=1),
-            CHARGING(8, 2, worker=2, ended="ok", seconds=2),
-        ],
-        """
-Temporal
-worker 1       charge =====X
-worker 2                        charge ======|
-               X its worker died   | end""",
-    ),
-    "an attempt still runs when its order has ended": (
-        [ran(1, 0), END],
-        [CHARGING(3, 1, worker=1)],
-        """
-Temporal
-worker 1       -       charge ===============>
-               > goes on   - ran the code""",
-    ),
-    "the server dies": (
-        WAITED,
-        [row("server", 2, state="dead"), row("server", 4, state="lives")],
-        """
-Temporal       wait ===........==============|
-worker 1       -
-worker 2                                     -
-               | end   . no server   - ran the
-               code""",
-    ),
-    "the server is dead": (
-        [*WAITED[:2]],
-        [row("server", 2, state="dead")],
-        """
-Temporal       wait .........................>
-worker 1       -
-               > goes on   . no server   - ran
-               the code""",
-    ),
-    "the workflow's code fails": (
-        [ran(1, 0, "FAILED"), ran(1, 3, "FAILED"), ran(2, 10)],
-        [],
-        """
-Temporal
-worker 1       ?        ?
-worker 2                                     -
-               ? the code failed   - ran the
-               code""",
-    ),
-    "a name holds a mark": (
-        [ran(1, 0), *timed("1/2 x", 0, 8), END],
-        [],
-        """
-Temporal       1/2 x ========================|
-worker 1       -
-               | end   - ran the code""",
-    ),
-    "names stand beside bars that are too short": (
-        [ran(1, 0), END],
-        [
-            CHARGING(1, 1, worker=1, ended="Outage", seconds=0.01),
-            CHARGING(9, 2, worker=2, ended="ok", seconds=0.01),
-        ],
-        """
-Temporal
-worker 1       -  x charge
-worker 2                              charge |
-               x failed   | end   - ran the
-               code""",
-    ),
 }
-
-
-def test_the_clock_tells_how_long_a_time_was_that_is_shortened() -> None:
-    events = [ran(1, 0), *timed("wait", 0, 600), ran(2, 600), ran(2, 600.1), END]
-    for columns in (46, 60, 79):
-        assert lanes(find_bars(events, [], 700), columns)[0].endswith(" 10 min")
 
 
 @pytest.mark.parametrize("name", PICTURES)
 def test_lanes_draw_what_happened(name: str) -> None:
     history, ledger_rows, picture = PICTURES[name]
     assert lanes(find_bars(history, ledger_rows, 11), 46)[1:] == picture.splitlines()[1:]
+
+
+@pytest.mark.parametrize("waits", [[], timed("wait", 0, 600)])
+def test_a_long_time_in_which_nothing_is_done_is_shortened_and_told(waits: list[Event]) -> None:
+    events = [ran(1, 0), *waits, ran(2, 600), ran(2, 600.1), END]
+    for columns in (46, 60, 79):
+        clock, temporal, *more = lanes(find_bars(events, [], 700), columns)
+        assert clock.endswith(" 10 min") and "~~~" in temporal and "time shortened" in more[2]
+        assert max(map(len, [clock, temporal, *more])) <= columns
+    work = [CHARGING(0, 1, worker=1, ended="ok", seconds=600)]
+    for bars in (find_bars(events, work, 700), find_bars([ran(1, 0), ran(2, 11), END], [], 700)):
+        assert "~" not in "".join(lanes(bars))
 
 
 @pytest.mark.parametrize(
