@@ -1157,6 +1157,21 @@ async def test_an_order_that_is_reset_while_it_is_undone_is_not_taken_up_again(
 
 
 @side_by_side
+async def test_an_order_that_older_code_received_is_undone_like_any_other(stage: Stage) -> None:
+    wing = Wing(stage, "older")
+    worker = wing.start_worker()
+    handle = await place(wing, "approve", **SLOW_CHARGE)
+    await seen(lambda: "charge" in ledger(handle.id))
+    wing.kill_worker(worker)
+    code = (wing.folder / "activities.py").read_text(encoding="utf-8")
+    longer = code.replace('{"person": 30', '{"person": 31')  # another default than it received
+    (wing.folder / "activities.py").write_text(longer, encoding="utf-8")
+    wing.start_worker()
+    await handle.signal("cancel")
+    check(Scenario("CANCELLED", REFUNDED), await gather(handle))
+
+
+@side_by_side
 async def test_an_order_id_that_the_server_forgot_is_the_same_order_or_is_refused(
     stage: Stage,
 ) -> None:
