@@ -166,7 +166,7 @@ async def update_address(client: Client, options: argparse.Namespace) -> int:
         await handle.execute_update("update_address", options.address, rpc_timeout=RPC_TIMEOUT)
     except WorkflowUpdateFailedError as error:
         sys.exit(f"{handle.id}: refused: {getattr(error.cause, 'message', error)}")
-    except WorkflowUpdateRPCTimeoutOrCancelledError:
+    except (WorkflowUpdateRPCTimeoutOrCancelledError, RPCError):
         sys.exit(f"{handle.id}: it may still be changed; {await silence(handle)}")
     say(f"{handle.id}: goes to {options.address}")
     return 0
