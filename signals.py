@@ -664,14 +664,17 @@ def time_scale(bars: list[Bar], width: int) -> tuple[list[Bar], dict[float, int]
     step = next((step for step in STEPS if step * scale >= 9), STEPS[-1])
     clock, tick, place, column = "0 s", step, 0.0, {moments[0]: 0}
     for gap, length in zip(gaps, lengths, strict=True):
-        while tick <= place + length:
-            seconds = gap.begin - moments[0] + (tick - place) * (gap.end - gap.begin) / length
-            text = f"{seconds:.3g} s" if seconds < 120 else f"{round(seconds / 60, 1):g} min"
+        begin, end = gap.begin - moments[0], gap.end - moments[0]
+        if gap in shortened:
+            tick = end  # which must be told
+        while tick <= end:
+            text = f"{tick:.3g} s" if tick < 120 else f"{round(tick / 60, 1):g} min"
             # Where there is room; at the right edge a little to the left.
-            at = min(round(tick * scale), width - len(text))
+            column_of_tick = round((place + min(tick - begin, length)) * scale)
+            at = min(column_of_tick, width - len(text))
             if text not in clock and at > len(clock) + 1:
                 clock = clock.ljust(at) + text
-            tick += step
+            tick = (round(tick / step) + 1) * step
         place += length
         column[gap.end] = round(place * scale)
     return shortened, column, clock
