@@ -352,6 +352,14 @@ SCENARIOS: dict[str, Scenario] = {
         VOIDED_CHARGE,
         simulate(refund_payment="slow") | {"card_expiry": "12/23"},
         [*YES, ("COMPENSATING", "cancel", "again"), ("COMPENSATING", "CANCEL")],
+        {"note": "fine"},
+    ),
+    "approved and moved while compensating": Scenario(
+        "EXPIRED",
+        UNPAID,
+        simulate(release_inventory="slow") | {"review_seconds": 0.5},
+        [("COMPENSATING", "approve", "late"), ("NOW", "update_address", "3 Late Street")],
+        {"decision": None, "address": "1 Main Street"},
     ),
     "cancelled both ways at once": Scenario(
         "CANCELLED", REFUNDED, SLOW_CHARGE, [*YES, ("CHARGING", "cancel", "one"), ("NOW", "CANCEL")]
