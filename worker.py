@@ -131,6 +131,7 @@ def client_config() -> dict[str, Any]:
 def be_quiet() -> None:
     """Keep the log lines of the SDK's core from the screen; what is wrong we say ourselves."""
     warnings.filterwarnings("ignore", module="temporalio")
+    warnings.filterwarnings("ignore", "coroutine '_Activity")  # of a worker that is stopped twice
     # Without this pause the SDK can crash while Python exits (sdk-python issue 300).
     atexit.register(time.sleep, 0.1)
     off = LoggingConfig(filter=TelemetryFilter(core_level="ERROR", other_level="ERROR"))
