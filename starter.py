@@ -451,7 +451,6 @@ class Act:
     typed: str = ""  # what a person may type elsewhere instead
     elsewhere: str = ""  # what a person must do elsewhere, if the stage is not ours
     done: Sight = lambda: False  # sees it done elsewhere
-    hurry: bool = False  # it must come before the orders end
 
 
 class Player:
@@ -694,7 +693,7 @@ class Player:
         pid = attempts[-1]["worker"] if attempts else min(living, default=0)
         self.show(pid in living, "the worker that has the order is dead, or not on this machine")
         act = Act(f"stops worker {pid}", f"worker {pid} has stopped", partial(self.end, pid, hard))
-        act.typed, act.done, act.hurry = f"kill -INT {pid}", partial(self.is_dead, pid), True
+        act.typed, act.done = f"kill -INT {pid}", partial(self.is_dead, pid)
         if hard:
             act.enter, act.told = f"kills worker {pid}", f"worker {pid} is dead"
             act.typed = kill_command(pid)
@@ -754,7 +753,7 @@ class Player:
 
     async def kill_server(self) -> None:
         """Kill the server."""
-        act = Act("kills the server", "the server is dead", self.stage.kill_server, hurry=True)
+        act = Act("kills the server", "the server is dead", self.stage.kill_server)
         act.elsewhere = "Ctrl+C in its terminal, or kill -9 and the pid that it printed"
         act.done = self.server_is_dead
         await self.do_it(act)
@@ -791,7 +790,7 @@ class Player:
             self.show(not sight or process.returncode == 0, said)
             return said
 
-        act = Act(f"runs this:\n{typed}", "", do, hurry=True)
+        act = Act(f"runs this:\n{typed}", "", do)
         if sight:  # which tells whether it was done elsewhere
             act.enter, act.typed, act.done = "runs this", typed, partial(sight, *given)
         said = str(await self.do_it(act) or "it is done")
@@ -954,7 +953,7 @@ class Person(Player):
             told += f" (or: {act.typed})" if short else f", or you elsewhere:\n{act.typed}"
         await self.overhear()
         print(told, flush=True)
-        hurry = act.hurry and not await self.over()
+        hurry = not await self.over()  # before the orders end
         while not await self.sees(act.done):
             line = await self.heard(0.2)
             done = await self.sees(act.done)  # over() takes seconds if the server is dead

@@ -1898,7 +1898,7 @@ def test_exercise_2_sees_what_a_person_does_in_other_terminals(stage: Stage) -> 
         if stop == signal.SIGINT:
             terminal.play(("Enter places a second charge: ", ""))
     for mark in ("/", "X"):
-        terminal.read_until(rf"worker \d+ +(?:charge )?=*{mark}")
+        terminal.read_until(rf"worker \d+ +[- ]*(?:charge )?=*{mark}")
         terminal.read_until("requests 2, charged once")
     terminal.read_until(r"\nheld\r\n")
     terminal.play((r"Enter goes on: ", ""), (r"q \[3\]: ", "q"))
