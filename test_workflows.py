@@ -1951,8 +1951,9 @@ def test_a_second_worker_that_nobody_thought_of_is_named(stage: Stage) -> None:
     assert terminal.close() == 1
 
 
-def test_a_line_that_an_exercise_left_in_workflows_is_named(stage: Stage, tmp_path: Path) -> None:
-    edited = changed_copy(tmp_path / "edited", *BUG)
+@side_by_side
+def test_a_line_that_an_exercise_left_in_workflows_is_named(stage: Stage) -> None:
+    edited = changed_copy(stage.folder / "edited", *BUG)
     for code, is_named in ((edited, True), (HERE, False)):
         done = run("starter.py", code=code)
         assert (done.returncode, done.stderr) == (0, "")
