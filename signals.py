@@ -600,7 +600,7 @@ def ledger_bars(rows: list[dict[str, Any]], seen: list[Bar], until: float, now: 
             mark = "/" if ended.startswith("CancelledError") else "x"
         elif lane in died:
             end, mark = died[lane]
-        elif not again and now - begin < START_TO_CLOSE.total_seconds():
+        elif not again and (until == now or now - begin < START_TO_CLOSE.total_seconds()):
             end, mark = now, ">"
         else:  # nobody saw the end, but another attempt comes after a heartbeat's silence
             end, mark = max(begin, again - HEARTBEAT.total_seconds()), "X" if gone else "x"

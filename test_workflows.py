@@ -2042,7 +2042,7 @@ worker 4                        charge ======|
     "an order goes on: no server, then none again, code that fails, dead workers, not followed": (
         [*timed("wait", 0, 8)[:1], ran(1, 0, "FAILED"), ran(1, 3, "FAILED")],
         [
-            row("prepare_package", 1, 1, worker=3),  # 10 s ago: no answer comes any more
+            row("prepare_package", 1, 1, worker=3),  # 10 s ago: nobody has seen its worker die
             row("server", 4, state="dead"),
             row("server", 5, state="lives"),
             CHARGING(5, 1, worker=2),
@@ -2052,7 +2052,7 @@ worker 4                        charge ======|
         """
 Temporal       wait ======....==========.....>
 worker 1       ?       ?
-worker 3          X prepare
+worker 3          prepare ===================>
 worker 2                     charge =X
                X its worker died   ? the code
                failed   > goes on   . no
