@@ -13,7 +13,6 @@ import itertools
 import json
 import os
 import re
-import runpy
 import select
 import shlex
 import shutil
@@ -30,8 +29,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, nullcontext, redirect_stderr, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime, timedelta
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 import pytest
@@ -149,11 +149,17 @@ def here(script: str, *words: str, **environment: str) -> Done:
         for name, value in environment.items():
             patch.setenv(name, value)
         with pytest.raises(SystemExit) as end:
-            runpy.run_path(str(HERE / script), run_name="__main__")
+            exec(compiled(script), {"__name__": "__main__", "__file__": str(HERE / script)})
     code = end.value.code
     if isinstance(code, str):
         return Done(words, 1, out.getvalue(), f"{err.getvalue()}{code}\n")
     return Done(words, int(code or 0), out.getvalue(), err.getvalue())
+
+
+@cache
+def compiled(script: str) -> CodeType:
+    """Compile a script once: it takes longer than most of what is asked of it here."""
+    return compile((HERE / script).read_text(encoding="utf-8"), script, "exec")
 
 
 def answers(done: Done, code: int, says: str) -> None:
@@ -210,7 +216,7 @@ def begun(stage: Stage, request: pytest.FixtureRequest) -> dict[str, Future[Any]
     return results
 
 
-AT_ONCE = 4  # with fewer two cores would idle, with more orders would be late for slow steps
+AT_ONCE = 5  # with fewer two cores would idle, with more orders would be late for slow steps
 
 
 def within(work: Any, seconds: float = LONG) -> Any:
@@ -1215,7 +1221,7 @@ async def forget(stage: Stage, order_id: str) -> None:
     with pytest.raises(RPCError, match="not found"):
         async with asyncio.timeout(2 * LONG):
             while await stage.client.get_workflow_handle(order_id).describe():
-                await asyncio.sleep(0.2)
+                await asyncio.sleep(1)
 
 
 # Floods of messages, before, during and after a death.
@@ -1573,8 +1579,8 @@ def test_a_closed_input_or_output_is_no_reason_for_a_traceback(_: Stage) -> None
 
 @side_by_side
 def test_load_ends_by_itself_with_what_an_order_costs_and_a_clean_audit(_: Stage) -> None:
-    loaded = run("starter.py", "load", "--orders", "20", "--wait", "0.5")
-    answers(loaded, 0, "20/20")
+    loaded = run("starter.py", "load", "--orders", "10", "--wait", "0.5")
+    answers(loaded, 0, "10/10")
     assert "99th percentile" in loaded.stdout and "audit clean" in loaded.stdout, loaded
     number = r"[1-9]\d*"
     told = rf"CPU ms per order: worker {number}, server {number}\nworker memory {number} MB at most"
@@ -1585,9 +1591,8 @@ def test_load_ends_by_itself_with_what_an_order_costs_and_a_clean_audit(_: Stage
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no process groups to signal")
 @side_by_side
 def test_who_leaves_at_any_moment_leaves_nothing_behind(stage: Stage) -> None:
-    # In the server's start, after it, in the play.
-    lines = (1, 0, "crash timer"), (2, 0.1, "chaos"), (15, 3, "chaos"), (2, 3, "crash timer")
-    for number, seconds, line in lines:
+    # In the server's start, then in the play.
+    for number, seconds, line in (1, 0, "crash timer"), (15, 3, "chaos"), (2, 3, "crash timer"):
         folder = stage.folder / f"left-{number}-{line[:5]}"
         folder.mkdir()
         pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
@@ -1912,7 +1917,7 @@ def test_exercise_2_sees_what_a_person_does_in_other_terminals(stage: Stage) -> 
 @by_hand
 def test_who_leaves_in_the_middle_of_a_wait_leaves_nothing_behind(stage: Stage) -> None:
     """Nothing of ours stays, and what is not done yet is named."""
-    for typed, code in ((b"q\n", 1), (b"\x04", 1), (b"\x03", 130)):
+    for typed, code in ((b"q\n", 1), (b"\x03", 130)):
         terminal = Terminal(apart(stage.folder / f"leaving-{typed.hex()}"))
         server = terminal.read_until(r"server: ([^,]+),")[1]
         terminal.play((r"q \[1\]: ", "nobody"), ("Enter begins: ", ""))
@@ -1951,7 +1956,7 @@ def test_a_second_worker_that_nobody_thought_of_is_named(stage: Stage) -> None:
     terminal.play((r"10\]: ", "8"), (r"Enter kills worker", ""))
     named = terminal.read_until(r"not shown: [^(]*?(\d+)[^(]*serves")[1]
     assert int(named) in {worker.pid for worker in wing.workers}
-    terminal.play((r"q \[1\]: ", "q"))
+    terminal.play((r"q \[1\]: ", "\x04"))  # Ctrl+D
     assert terminal.close() == 1
 
 
