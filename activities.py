@@ -158,7 +158,7 @@ def attempt(order: Order, effect: Callable[[], T], doing: str = "", **payload: A
 def fail_before(order: Order, step: str, fault: str) -> None:
     """Play the faults that come before the effect."""
     if fault == "random":
-        fault = draw(order, step)
+        fault = draw(order, step)  # "down", a hang with a number of its own, or none
     if fault == "down" or (fault == "flaky" and store.count(order.order_id, step) <= 2):
         raise ConnectionError(f"simulated outage of {step}")
     if fault.startswith("hang") and claim(order, step, fault):
@@ -214,7 +214,7 @@ def write(order: Order, notes: list[dict[str, Any]]) -> None:
 
 
 def charge(order: Order) -> dict[str, Any]:
-    """Ask for the charge, unless the card has expired: it is good to the end of its month."""
+    """Ask for the charge, unless its card expired, at a month's end, before it was ever asked."""
     month, year = order.card_expiry.split("/")
     today = datetime.now(UTC)
     asked = "charge" in [effect["kind"] for effect in store.effects_of(order.order_id)]
@@ -229,21 +229,20 @@ def undo(order: Order, kind: str, key: str) -> str:
 
 
 # The activities. Their first sentences are what Temporal's Web UI calls them.
-# No exception is thrown into a thread: it could hit the logging module while that holds its lock.
+# Else a cancel would be thrown into the thread, even where logging holds its lock; wait() looks.
 in_thread = activity.defn(no_thread_cancel_exception=True)
 
 
 @in_thread
 def receive_order(order: Order) -> None:
-    """Write the order down, unless its id is another's, or it was undone."""
-    contents, undos = asdict(order), [undo.__name__ for undo in UNDOS]
-    run_id = activity.info().workflow_run_id
-    attempt(order, lambda: store.receive(order.order_id, contents, undos), run=run_id, **contents)
+    """Write the order down, and refuse it if its id is another's."""
+    contents, run_id = asdict(order), activity.info().workflow_run_id or ""
+    attempt(order, lambda: store.look_back(contents, run_id), run=run_id, **contents)
 
 
 @in_thread
 def validate_order(order: Order) -> None:
-    """Check the order. Who called is not an activity's concern, what it accepts is: so, again."""
+    """Check the order. Again: an activity does not rely on what its caller has checked."""
     attempt(order, lambda: parse_order(asdict(order), activity.info().workflow_id or ""))
 
 
@@ -276,8 +275,8 @@ def dispatch_carrier(order: Order) -> dict[str, Any]:
 def look_back(order: Order, ours: bool) -> bool:
     """Tell whether another run received the order before; refuse it if its id is another's."""
     run_id = activity.info().workflow_run_id or ""
-    contents = {} if ours else asdict(order)  # what was received may be older than this code
-    return attempt(order, lambda: store.look_back(order.order_id, contents, run_id))
+    # What was received may be older than this code, which may have other defaults.
+    return attempt(order, lambda: store.look_back(asdict(order), run_id, compare=not ours))
 
 
 @in_thread
@@ -312,8 +311,8 @@ def record_outcome(order: Order, outcome: dict[str, Any]) -> None:
 
 
 Steps = list[Callable[..., Any]]
-UNDOS: Steps = [release_inventory, refund_payment, void_dispatch]  # in the order of the steps
+UNDOS: Steps = [release_inventory, refund_payment]  # in the order of the steps
 ORDER_STEPS: Steps = [receive_order, validate_order, reserve_inventory, charge_payment, *UNDOS]
-ORDER_STEPS += [look_back, record_decision, record_outcome]
+ORDER_STEPS += [void_dispatch, look_back, record_decision, record_outcome]
 SHIPPING_STEPS: Steps = [prepare_package, dispatch_carrier]
 STEPS = [step.__name__ for step in ORDER_STEPS + SHIPPING_STEPS]

@@ -105,18 +105,16 @@ def undo(kind: str, key: str, order_id: str, customer_id: str, amount_cents: int
 
 def note(order_id: str, type_: str, payload: dict[str, Any]) -> bool:
     """Write a note, once however often it comes; return whether it is new."""
-    return begin(order_id, type_, 0, payload, "FULL") > 0
+    return begin(order_id, type_, 0, payload) > 0
 
 
-def begin(
-    order_id: str, step: str, attempt: int, payload: dict[str, Any], synchronous: str = "NORMAL"
-) -> int:
-    """Write down that an attempt begins; return its event's id for finish(), 0 for an old note."""
+def begin(order_id: str, step: str, attempt: int, payload: dict[str, Any]) -> int:
+    """Write an event: an attempt begins, or with 0 a note; return its id, 0 for an old note."""
     rows = execute(
         "INSERT INTO events (order_id, type, attempt, payload_json, ts) VALUES (?, ?, ?, ?, ?)"
         " ON CONFLICT DO NOTHING RETURNING id",
         *(order_id, step, attempt, json.dumps(payload), time.time()),
-        synchronous=synchronous,
+        synchronous="NORMAL" if attempt else "FULL",
     )
     return int(rows[0]["id"]) if rows else 0
 
@@ -133,26 +131,18 @@ def finish(event_id: int, ended: str, seconds: float) -> None:
         execute(statement, ended, round(seconds, 3), event_id, synchronous="NORMAL")
 
 
-def receive(order_id: str, contents: dict[str, Any], undo_steps: list[str]) -> None:
-    """Refuse an order whose id is another's, or that was undone; its own event is there already.
-
-    Raises OrderConflict as look_back() does, OrderGivenUp if one of these steps has begun to undo
-    it: what that does may still be on its way.
-    """
-    look_back(order_id, contents)
-    if any(count(order_id, step) for step in undo_steps):
-        raise OrderGivenUp(f"{order_id} was undone by another run, or is just being undone")
-
-
-def look_back(order_id: str, contents: dict[str, Any], run_id: str = "") -> bool:
+def look_back(contents: dict[str, Any], run_id: str, compare: bool = True) -> bool:
     """Tell whether another run than this one received the order.
 
-    Raises OrderConflict if its id was first used with other contents.
+    Raises OrderConflict if its id was first used for another customer, amount, payment or address.
     """
     received = "SELECT payload_json FROM events WHERE order_id = ? AND type = 'receive_order'"
-    runs = [json.loads(row["payload_json"]) for row in execute(f"{received} ORDER BY id", order_id)]
-    if runs and any(runs[0].get(name, value) != value for name, value in contents.items()):
-        raise OrderConflict(f"order_id: {order_id} was used before, for another order")
+    rows = execute(f"{received} ORDER BY id", contents["order_id"])
+    runs = [json.loads(row["payload_json"]) for row in rows]
+    bought = ("customer_id", "amount_cents", "payment_id", "address")
+    first = runs[0] if runs else contents
+    if compare and any(first[name] != contents[name] for name in bought):
+        raise OrderConflict(f"order_id: {contents['order_id']} was used before, for another order")
     return any(run.get("run") != run_id for run in runs)
 
 
@@ -183,9 +173,9 @@ def audit() -> tuple[int, list[str]]:
     violations = []
     for order_id in (row["order_id"] for row in orders):
         state = outcomes.get(order_id, "unfinished")
+        allowed = {"COMPLETED": [1], "unfinished": [0, 1]}.get(state, [0])
         for kind, status in IN_FORCE.items():
-            found, allowed = in_force[order_id, kind], {"COMPLETED": [1], "unfinished": [0, 1]}
-            if found not in allowed.get(state, [0]):
+            if (found := in_force[order_id, kind]) not in allowed:
                 violations.append(f"{order_id} ({state}): {found} x {kind} {status}")
         if state == "unfinished" and in_force[order_id, "dispatch"] > in_force[order_id, "charge"]:
             violations.append(f"{order_id} (unfinished): dispatched and not charged")
@@ -195,7 +185,7 @@ def audit() -> tuple[int, list[str]]:
 # The file.
 
 # How long to wait for our other threads, and then for other writers, before the attempt fails, for
-# Temporal to repeat it. After the heartbeat's second (workflows.py) the server has given it up.
+# Temporal to repeat it. Temporal gives a silent attempt up after 1 s: HEARTBEAT in workflows.py.
 PATIENCE_SECONDS = 1
 _turn = threading.RLock()
 _opened: dict[tuple[str, int], sqlite3.Connection] = {}  # at most one, by file name and inode
@@ -255,7 +245,7 @@ def _open(path: Path) -> sqlite3.Connection:
                 raise
             time.sleep(0.01)
     connection.executescript(SCHEMA)
-    # Flush what a killed process wrote last: to repeat it may change nothing, and so flush nothing.
+    # What a killed process wrote last may not be on disk; its repetition changes no row: flush now.
     connection.execute("PRAGMA wal_checkpoint").fetchone()
     return connection
 

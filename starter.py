@@ -153,8 +153,8 @@ async def temporal(quiet: bool) -> AsyncIterator[tuple[Stage, bool]]:
 
 SLOW = {"charge_payment": "slow"}
 ONCE = {"charge": "charged", "reservation": "reserved", "dispatch": "dispatched"}
-VOIDED = {"charge": "voided", "reservation": "released"}
-UNDONE = {"charge": "refunded", "reservation": "released", "dispatch": "voided"}
+RELEASED = {"reservation": "released", "dispatch": "voided"}
+VOIDED, REFUNDED = RELEASED | {"charge": "voided"}, RELEASED | {"charge": "refunded"}
 REVIEWED: dict[str, Any] = {"review": "person", "review_seconds": 600}
 PATIENT: dict[str, Any] = {
     "deadline_seconds": 600,
@@ -253,7 +253,7 @@ async def nobody(t: "Player") -> None:
     """Nobody approves: the review's window closes, and the goods are released."""
     seconds = 10 if t.by_hand else 1
     order = await t.place(review="person", review_seconds=seconds)
-    await t.ends(order, "EXPIRED", {"reservation": "released"}, within=seconds + 1)
+    await t.ends(order, "EXPIRED", RELEASED, within=seconds + 1)
 
 
 async def address(t: "Player") -> None:
@@ -269,7 +269,7 @@ async def address(t: "Player") -> None:
     t.check(payloads(order, "dispatch_carrier")[0]["address"][0] == "2", "sent to 2 Side Street")
     order = await t.place_for_review()
     await t.send("cancel", order, "--reason 'changed my mind'")
-    await t.ends(order, "CANCELLED", {"reservation": "released"}, within=1)
+    await t.ends(order, "CANCELLED", RELEASED, within=1)
 
 
 async def shipping(t: "Player") -> None:
@@ -282,7 +282,7 @@ async def shipping(t: "Player") -> None:
     await t.start("shipping")
     await t.ends(order, "COMPLETED", ONCE, within=2)
     order = await t.place(simulate={"dispatch_carrier": "down"}, max_attempts=3)
-    await t.ends(order, "OrderGivenUp", UNDONE, within=6)
+    await t.ends(order, "OrderGivenUp", REFUNDED, within=6)
     t.check(store.count(order, "dispatch_carrier") == 9, "attempts 9, in three tries")
 
 
@@ -346,9 +346,8 @@ async def late(t: "Player") -> None:
         await t.until(f"{step}, 5 s late, is on its way", begun, order, step)
         await t.send("cancel", order)
         t.show("ended" not in payloads(order, step)[0], "it arrived before the cancel")
-    arrived = {"charge": 1, "dispatch": 1}
-    await t.ends(charging, "CANCELLED", VOIDED, within=6, asked=arrived)
-    await t.ends(shipping, "CANCELLED", UNDONE, within=6, asked=arrived)
+    await t.ends(charging, "CANCELLED", VOIDED, within=6, asked={"charge": 1})
+    await t.ends(shipping, "CANCELLED", REFUNDED, within=6, asked={"dispatch": 1})
 
 
 async def points(t: "Player") -> None:

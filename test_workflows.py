@@ -88,10 +88,8 @@ SCRIPTS = ("charge_store.py", "worker.py", "starter.py", "signals.py")
 QUEUES = (ORDERS_QUEUE, SHIPPING_QUEUE)
 LONG = 60  # seconds after which a wait has failed; far above what anything here takes
 PAID = {"charge": "charged", "reservation": "reserved", "dispatch": "dispatched"}
-UNPAID = {"reservation": "released"}
-REFUNDED = {"charge": "refunded", "reservation": "released"}
-VOIDED_CHARGE = REFUNDED | {"charge": "voided"}
-VOIDED = REFUNDED | {"dispatch": "voided"}
+UNPAID = {"reservation": "released", "dispatch": "voided"}
+REFUNDED, VOIDED = UNPAID | {"charge": "refunded"}, UNPAID | {"charge": "voided"}
 RED = "\x1b[31mred\u202e\n"  # a colour, a reversal of the text and a line of its own
 TYPED = ascii(RED)[1:-1]  # how it must be printed
 
@@ -326,7 +324,7 @@ SCENARIOS: dict[str, Scenario] = {
     ),
     "the longest order id there is": Scenario("COMPLETED", PAID, {"order_id": "x" * 100}, YES),
     "card expired last month": Scenario(
-        "PaymentDeclined", VOIDED_CHARGE, {"card_expiry": f"{LAST_MONTH:%m/%y}"}, YES
+        "PaymentDeclined", VOIDED, {"card_expiry": f"{LAST_MONTH:%m/%y}"}, YES
     ),
     "card good to the end of this month": Scenario(
         "COMPLETED", PAID, {"card_expiry": f"{THIS_MONTH:%m/%y}"}, YES
@@ -339,7 +337,10 @@ SCENARIOS: dict[str, Scenario] = {
         YES,
     ),
     "deadline while shipping": Scenario(
-        "DeadlineExceeded", VOIDED, simulate(prepare_package="hang") | {"deadline_seconds": 4}, YES
+        "DeadlineExceeded",
+        REFUNDED,
+        {"deadline_seconds": 4} | simulate(prepare_package="hang"),
+        YES,
     ),
     "deadline after dispatch": Scenario(
         "COMPLETED", PAID, simulate(dispatch_carrier="slow") | {"deadline_seconds": 4}, YES
@@ -351,11 +352,11 @@ SCENARIOS: dict[str, Scenario] = {
         "COMPLETED", PAID, TIMED | {"deadline_seconds": 20, "review_seconds": 22}
     ),
     "dispatch fails three times": Scenario(
-        "OrderGivenUp", VOIDED, simulate(dispatch_carrier="down"), YES, {"shipping_attempts": 3}
+        "OrderGivenUp", REFUNDED, simulate(dispatch_carrier="down"), YES, {"shipping_attempts": 3}
     ),
     "cancelled while compensating": Scenario(
         "PaymentDeclined",
-        VOIDED_CHARGE,
+        VOIDED,
         simulate(refund_payment="slow") | {"card_expiry": "12/23"},
         [*YES, ("COMPENSATING", "cancel", "again"), ("COMPENSATING", "CANCEL")],
         {"note": "fine"},
@@ -372,7 +373,7 @@ SCENARIOS: dict[str, Scenario] = {
     ),
     "cancelled before a late dispatch": Scenario(
         "CANCELLED",
-        VOIDED,
+        REFUNDED,
         simulate(dispatch_carrier="late"),
         [*YES, ("dispatch_carrier", "cancel", "in time")],
     ),
@@ -391,7 +392,7 @@ SCENARIOS: dict[str, Scenario] = {
     "cancelled before it starts": Scenario("CANCELLED", {}, {}, [("START", "cancel", "no")]),
     "shipping cancelled alone": Scenario(
         "CANCELLED",
-        VOIDED,
+        REFUNDED,
         simulate(prepare_package="slow"),
         [*YES, ("prepare_package", "CANCEL SHIPPING")],
     ),
@@ -419,9 +420,19 @@ SCENARIOS: dict[str, Scenario] = {
     ),
     "expired, and reset to when it was": Scenario(
         "EXPIRED",
-        VOIDED | {"charge": "voided"},
+        VOIDED,
         {"review_seconds": 0.5},
-        [("EXPIRED", "RESET", -4)],
+        [("EXPIRED", "RESET", -5)],
+    ),
+    "cancelled, reset to its review and approved": Scenario(
+        "OrderGivenUp",
+        REFUNDED,
+        {},
+        [
+            ("AWAITING_REVIEW", "cancel"),
+            ("CANCELLED", "RESET", 3),
+            ("AWAITING_REVIEW", "approve"),
+        ],
     ),
     "reset past its deadline": Scenario(
         "COMPLETED", PAID, {"deadline_seconds": 20}, [*APPROVED, (20, "RESET WITH SIGNALS", 1)]
@@ -444,8 +455,8 @@ CANCELS: list[tuple[str, dict[str, str], dict[str, Any], str]] = [
     ("WAITING", UNPAID, {"wait_seconds": 60}, ""),
     ("AWAITING_REVIEW", UNPAID, {}, ""),
     ("CHARGING", REFUNDED, SLOW_CHARGE, "slow"),
-    ("CHARGING", VOIDED_CHARGE, simulate(charge_payment="late"), "late"),
-    ("SHIPPING", VOIDED, simulate(prepare_package="slow"), "slow"),
+    ("CHARGING", VOIDED, simulate(charge_payment="late"), "late"),
+    ("SHIPPING", REFUNDED, simulate(prepare_package="slow"), "slow"),
 ]
 for state, left, order, fault in CANCELS:
     for way in ("cancel", "CANCEL"):
@@ -455,9 +466,9 @@ for state, left, order, fault in CANCELS:
 OUTAGES: dict[str, dict[str, str]] = {
     "receive_order": {},
     "validate_order": {},
-    "reserve_inventory": {"reservation": "voided"},
-    "charge_payment": VOIDED_CHARGE,
-    "prepare_package": VOIDED,
+    "reserve_inventory": UNPAID | {"reservation": "voided"},
+    "charge_payment": VOIDED,
+    "prepare_package": REFUNDED,
 }
 for step, left in OUTAGES.items():
     SCENARIOS[f"{step} is down"] = Scenario("OrderGivenUp", left, simulate(**{step: "down"}), YES)
@@ -632,7 +643,7 @@ def check(scenario: Scenario, outcome: Outcome | BaseException) -> None:
 
 
 # What can have been done, in turn, when an order is undone.
-STAGES = [{}, {"reservation": "voided"}, UNPAID, VOIDED_CHARGE, REFUNDED, VOIDED]
+STAGES = [{}, UNPAID | {"reservation": "voided"}, UNPAID, VOIDED, REFUNDED]
 
 
 def late_ends(scenario: Scenario, outcome: Outcome) -> list[tuple[str, dict[str, str]]]:
@@ -682,7 +693,7 @@ def with_faults(*faults: str) -> dict[str, Scenario]:
         if name == "undo":
             fields["simulate"] |= GIVEN_UP
             cancelled = [*YES, ("prepare_package", "cancel")]
-            found[f"{name} {fault}"] = Scenario("CANCELLED", VOIDED, fields, cancelled)
+            found[f"{name} {fault}"] = Scenario("CANCELLED", REFUNDED, fields, cancelled)
     return found
 
 
@@ -1092,7 +1103,7 @@ async def test_an_address_changes_until_shipping_and_a_refused_update_leaves_no_
     await handle.signal("cancel")
     outcome = await gather(handle)
     assert "completed" in await refusal(handle, "3 Late Street")
-    assert (outcome.ended, outcome.effects) == ("CANCELLED", VOIDED)
+    assert (outcome.ended, outcome.effects) == ("CANCELLED", REFUNDED)
     assert outcome.status["note"] == "fine"  # a cancel without a reason leaves it
     assert (outcome.status["address"], await updates(handle)) == ("1 Own Road", accepted)
     assert trail(handle.id, "prepare_package")[0]["address"] == "1 Own Road"
@@ -1146,7 +1157,7 @@ async def test_attempts_and_decisions_leave_rows_and_the_outcome_is_last(stage: 
     }
     decided = {("approve", "", True), ("reject", "too late", False), ("cancel", "enough", None)}
     assert told == decided | {("outcome", None, None)}
-    check(Scenario("CANCELLED", VOIDED), outcome)
+    check(Scenario("CANCELLED", REFUNDED), outcome)
 
 
 @side_by_side
@@ -1163,30 +1174,39 @@ async def test_an_order_that_is_reset_while_it_is_undone_is_not_taken_up_again(
     stage: Stage,
 ) -> None:
     """Or it would be charged and sent, and then the refund of the run before would land."""
-    faults = simulate(charge_payment="slow", refund_payment="late")
-    handle = await place(stage, "approve", **faults)
-    await reach(handle, "CHARGING")
-    await handle.signal("cancel")
-    await reach(handle, "refund_payment")
-    await reset(stage, handle, forget=False)
-    outcome = await gather(handle)
-    assert outcome.ended in ("OrderGivenUp", "CANCELLED")
-    assert "dispatched" not in outcome.effects.values()
+
+    async def reset_to(task: int) -> Outcome:
+        faults = simulate(charge_payment="slow", refund_payment="late")
+        handle = await place(stage, "approve", **faults)
+        await reach(handle, "CHARGING")
+        await handle.signal("cancel")
+        await reach(handle, "refund_payment")
+        await reset(stage, handle, task, forget=True)
+        return await gather(handle)
+
+    for outcome in await asyncio.gather(reset_to(0), reset_to(3)):  # its start, its review
+        check(Scenario("OrderGivenUp", REFUNDED), outcome)
 
 
 @side_by_side
-async def test_an_order_that_older_code_received_is_undone_like_any_other(stage: Stage) -> None:
+async def test_an_order_that_code_with_other_defaults_received_is_like_any_other(
+    stage: Stage,
+) -> None:
     wing = Wing(stage, "older")
     worker = wing.start_worker()
-    handle = await place(wing, "approve", **SLOW_CHARGE)
-    await seen(lambda: "charge" in ledger(handle.id))
+    cancelled = await place(wing, "approve", **SLOW_CHARGE)
+    again = await place(wing, "approve", address="1 Own Road", **SLOW_CHARGE)
+    for handle in (cancelled, again):
+        await seen(lambda order_id: "charge" in ledger(order_id), handle.id)
     wing.kill_worker(worker)
     code = (wing.folder / "activities.py").read_text(encoding="utf-8")
-    longer = code.replace('{"person": 30', '{"person": 31')  # another default than it received
-    (wing.folder / "activities.py").write_text(longer, encoding="utf-8")
+    code = code.replace('{"person": 30', '{"person": 31').replace('"1 Main Street"', '"2 Main"')
+    (wing.folder / "activities.py").write_text(code, encoding="utf-8")
     wing.start_worker()
-    await handle.signal("cancel")
-    check(Scenario("CANCELLED", REFUNDED), await gather(handle))
+    await cancelled.signal("cancel")
+    await reset(stage, again, forget=False)
+    check(Scenario("CANCELLED", REFUNDED), await gather(cancelled))
+    check(Scenario("COMPLETED", PAID), await gather(again))
 
 
 @side_by_side

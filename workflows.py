@@ -31,7 +31,7 @@ with workflow.unsafe.imports_passed_through():
 
 Activity = Callable[..., Any]
 ORDERS_QUEUE, SHIPPING_QUEUE = "orders-tq", "shipping-tq"
-SHIPPING_TRIES = 3  # counted by the order, so that people see them
+SHIPPING_TRIES = 3  # counted by the order, so that its history shows each
 NOTE_LENGTH = 500
 NOTES_KEPT = 300  # of an order; more are only counted: an activity's input is at most 2 MB
 # Answers that asking again will not change.
@@ -132,7 +132,7 @@ class OrderWorkflow:
             if state == "APPROVED":
                 async with self._deadline():
                     await self._do(step.charge_payment, "CHARGING", undo=step.refund_payment)
-                    await self._ship(undo=step.void_dispatch)
+                    await self._ship()
                 state = "COMPLETED"
         except (FailureError, asyncio.CancelledError) as error:
             state, failure = self._why(self._halted or error)
@@ -146,19 +146,18 @@ class OrderWorkflow:
 
     async def _do(self, activity: Activity, state: str, undo: Activity | None = None) -> None:
         """Do a step."""
-        self._enter(state, undo)
+        self._enter(state)
+        if undo:  # The saga pattern: before the step, as one that "failed" may have happened.
+            self._undos.append(undo)
         await run_activity(activity, self._order.max_attempts, self._order)
 
-    def _enter(self, state: str, undo: Activity | None = None) -> None:
+    def _enter(self, state: str) -> None:
         """Go on to the next part of the story, or raise what shall end it."""
         # Looked at here too: an `await` that has its answer drops a cancel that came with it.
         if workflow.cancellation_reason() is not None:  # Temporal's own; by signal: _halted
             raise asyncio.CancelledError
         if self._halted:
             raise self._halted
-        # The saga pattern: registered before the step, as one that "failed" may have happened.
-        if undo and undo not in self._undos:
-            self._undos.append(undo)
         self._show(state)
 
     def _show(self, state: str) -> None:
@@ -192,7 +191,7 @@ class OrderWorkflow:
         self._halt(ApplicationError(problem, type="DeadlineExceeded"))
 
     async def _review(self) -> str:
-        """Wait for a person's decision, or for the timer, which approves; EXPIRED: for nothing."""
+        """Wait for a decision; when the window closes the timer approves, a person's is EXPIRED."""
         self._enter("AWAITING_REVIEW")
         if seconds := self._order.review_seconds:
             closes = workflow.sleep(seconds, summary=f"Review by {self._order.review}")
@@ -206,10 +205,10 @@ class OrderWorkflow:
         self._decision = self._decision or "approved"
         return self._decision.upper()
 
-    async def _ship(self, undo: Activity) -> None:
+    async def _ship(self) -> None:
         """Ship through a child workflow: another team's workers, who may be down, do that."""
         while True:
-            self._enter("SHIPPING", undo)
+            self._enter("SHIPPING")
             self._shipping_attempts += 1
             try:
                 await workflow.execute_child_workflow(
@@ -228,7 +227,7 @@ class OrderWorkflow:
                 if is_cancelled_exception(error):
                     raise
                 self._last_error = str(error.cause)
-            self._enter("SHIPPING")
+            self._enter("SHIPPING")  # or end here: a stop may have come together with the failure
             if self._shipping_attempts == SHIPPING_TRIES:
                 problem = f"shipping failed {SHIPPING_TRIES} times: {self._last_error}"
                 raise ApplicationError(problem, type="OrderGivenUp")
@@ -256,7 +255,7 @@ class OrderWorkflow:
             try:
                 if not await self._compensate():
                     state, failure, self._last_error = "COMPLETED", None, ""
-            except ActivityError as error:  # another order's id: its effects and outcome stay
+            except ActivityError as error:  # look_back's: the id is another order's, which stays
                 self._show("FAILED")
                 raise error.cause or error from None
         await self._write_notes()
@@ -276,9 +275,12 @@ class OrderWorkflow:
         """Undo, last first, each until done; return False if the package has left: then nothing."""
         # Before a reset, or before the server forgot it, a run did what this one does not know of.
         was_before = await run_activity(step.look_back, 0, self._order, bool(self._undos))
-        for undo in reversed(step.UNDOS if was_before else self._undos):
-            if await run_activity(undo, 0, self._order) == "dispatched":
-                return False  # the point of no return
+        undos = step.UNDOS if was_before else self._undos
+        # First of all no run may ship any more: else one could, after a reset, what is undone here.
+        if undos and await run_activity(step.void_dispatch, 0, self._order) == "dispatched":
+            return False  # the point of no return
+        for undo in reversed(undos):
+            await run_activity(undo, 0, self._order)
         return True
 
     # Signals, an update and a query. No signal handler may raise: it would fail the order, or its
@@ -305,7 +307,6 @@ class OrderWorkflow:
     @workflow.signal
     def dispatch_failed(self, reason: Any = "", *_: Any) -> None:
         """Hear from the child why it fails; that it failed, its end will tell."""
-        self._last_error = clip(reason)
         self._note("dispatch_failed", reason=clip(reason))
 
     @workflow.signal(name="update_address")
@@ -380,17 +381,16 @@ class ShippingWorkflow:
     @workflow.run
     async def run(self, raw: Any = None, *_: Any) -> None:
         """Ship one order; if that fails for good, tell the order why, and fail."""
-        info = workflow.info()
-        order = parse_order(raw, info.workflow_id.removeprefix("ship-"))
+        order = parse_order(raw, workflow.info().workflow_id.removeprefix("ship-"))
         try:
             await run_activity(step.prepare_package, order.max_attempts, order)
             await run_activity(step.dispatch_carrier, order.max_attempts, order)
         except ActivityError as error:
             if is_cancelled_exception(error):
                 raise
-            # Its failure is what the parent waits for; the signal is for the people who watch.
+            # The failure is what the parent acts on; the signal is a note, for people who watch.
             reason = f"{error.activity_type} failed: {error.cause}"
-            if info.parent:
-                parent = workflow.get_external_workflow_handle(info.parent.workflow_id)
-                await parent.signal(OrderWorkflow.dispatch_failed, reason)
+            if parent := workflow.info().parent:
+                the_order = workflow.get_external_workflow_handle(parent.workflow_id)
+                await the_order.signal(OrderWorkflow.dispatch_failed, reason)
             raise ApplicationError(reason, type="DispatchFailed") from error
