@@ -23,7 +23,7 @@ import time
 import warnings
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, asynccontextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager, nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
@@ -221,7 +221,6 @@ class Stage:
                     self.client = await Client.connect(self.address)
                     return
                 await asyncio.sleep(0.02)
-            self.server = None
             errors.seek(0)
             why = errors.read().decode(errors="replace")
         sys.exit(f"cannot start a Temporal server: {' '.join(why.split())}")
@@ -241,13 +240,9 @@ class Stage:
     def start_worker(self, role: str = "all") -> subprocess.Popen[bytes]:
         """Start a worker process, from our scripts or, in `code`, a copy of them."""
         self.workers = [worker for worker in self.workers if worker.poll() is None]
-        with open(self.logs or os.devnull, "ab") as log:
-            worker = start_apart(
-                [sys.executable, str(self.code / "worker.py"), role],
-                env=self.environment(),
-                stdout=log if self.logs else None,
-                stderr=log if self.logs else None,
-            )
+        words = [sys.executable, str(self.code / "worker.py"), role]
+        with open(self.logs, "ab") if self.logs else nullcontext() as log:
+            worker = start_apart(words, env=self.environment(), stdout=log, stderr=log)
         self.workers.append(worker)
         return worker
 
