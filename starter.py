@@ -1365,31 +1365,24 @@ def parse_arguments() -> argparse.Namespace:
     return options
 
 
-async def stoppable(work: Awaitable[int], stopped_by: list[int]) -> int:
-    """Work; Ctrl+C, a plain kill and the end of the terminal cancel that, so that it cleans up."""
-    task, loop = asyncio.current_task(), asyncio.get_running_loop()
+async def run(options: argparse.Namespace) -> int:
+    """Run one command; Ctrl+C, a plain kill and the end of the terminal cancel it, to clean up."""
+    task, loop, stopped_by = asyncio.current_task(), asyncio.get_running_loop(), list[int]()
 
     def stop(number: int, _: Any) -> None:
         stopped_by.append(number)
         if task and not task.done():
-            task.cancel()
-            loop.call_soon_threadsafe(lambda: None)  # wakes the loop
+            loop.call_soon_threadsafe(task.cancel)
 
     # Not asyncio's own handler: at a second Ctrl+C that one breaks off the cleaning up.
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), stop)
-    return await work
-
-
-def main() -> int:
-    """Run one command."""
-    options, stopped_by = parse_arguments(), list[int]()
     try:
-        return asyncio.run(stoppable(options.run(options), stopped_by))
+        return int(await options.run(options))
     except asyncio.CancelledError:
         return 128 + stopped_by[0]
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(lambda: asyncio.run(run(parse_arguments())))
