@@ -61,9 +61,7 @@ from worker import (
     temporal_binary,
     web_ui,
 )
-from workflows import ORDERS_QUEUE, SHIPPING_QUEUE, ChargeWorkflow, OrderWorkflow
-
-Kind = type[ChargeWorkflow | OrderWorkflow]
+from workflows import ORDERS_QUEUE, SHIPPING_QUEUE
 
 # One order or charge.
 
@@ -81,12 +79,12 @@ def made_up_id() -> str:
 async def place(options: argparse.Namespace) -> int:
     """Start the workflow, or attach to it if it runs already, and follow it if asked to."""
     raw = {name: value for name, value in vars(options).items() if name in RULES}
-    kind: Kind = ChargeWorkflow if options.command == "charge" else OrderWorkflow
-    if kind is ChargeWorkflow:
+    alone = options.command == "charge"
+    if alone:
         raw |= {"order_id": charge_id(raw), "max_attempts": 0}
     raw.setdefault("order_id", made_up_id())
     try:
-        order = parse_order(raw, raw["order_id"], charge=kind is ChargeWorkflow)
+        order = parse_order(raw, raw["order_id"], charge=alone)
     except ApplicationError as error:
         print(f"starter.py: {error.message}", file=sys.stderr)
         return 2
@@ -94,7 +92,7 @@ async def place(options: argparse.Namespace) -> int:
         client = stage.client
         handle = client.get_workflow_handle(order.order_id)
         try:
-            await start(client, kind, raw)
+            await start(client, raw)
             say(f"{order.order_id} started: {order.customer_id}, {order.amount_cents / 100:.2f}")
         except WorkflowAlreadyStartedError:
             if (await handle.describe()).status != signals.RUNNING:
@@ -113,13 +111,13 @@ async def place(options: argparse.Namespace) -> int:
         return 0
 
 
-async def start(client: Client, kind: Kind, raw: dict[str, Any], **options: Any) -> None:
+async def start(client: Client, raw: dict[str, Any], **options: Any) -> None:
     """Start a workflow on an order. An order id is used once; a charge may be asked for again."""
-    policy = WorkflowIDReusePolicy.REJECT_DUPLICATE
-    if kind is ChargeWorkflow:
-        policy = WorkflowIDReusePolicy.ALLOW_DUPLICATE
+    kind, policy = "OrderWorkflow", WorkflowIDReusePolicy.REJECT_DUPLICATE
+    if raw["order_id"].startswith("charge-"):  # which no order's does
+        kind, policy = "ChargeWorkflow", WorkflowIDReusePolicy.ALLOW_DUPLICATE
     options |= {"id": raw["order_id"], "task_queue": ORDERS_QUEUE, "id_reuse_policy": policy}
-    await client.start_workflow(kind.__name__, raw, **options)
+    await client.start_workflow(kind, raw, **options)
 
 
 @asynccontextmanager
@@ -537,12 +535,10 @@ class Player:
 
     # What an exercise places.
 
-    async def place(
-        self, kind: Kind = OrderWorkflow, options: dict[str, Any] | None = None, **fields: Any
-    ) -> str:
+    async def place(self, options: dict[str, Any] | None = None, **fields: Any) -> str:
         """Place an order and return its id."""
         raw = PATIENT | {"order_id": made_up_id()} | fields
-        await start(self.stage.client, kind, raw, **options or {})
+        await start(self.stage.client, raw, **options or {})
         order_id = str(raw["order_id"])
         self.orders[order_id] = raw
         self.running.add(order_id)
@@ -564,7 +560,7 @@ class Player:
             order_id = charge_id(fields)
             if not store.effects_of(order_id):
                 with suppress(WorkflowAlreadyStartedError):  # by another starter, or long ago
-                    return await self.place(ChargeWorkflow, order_id=order_id, **fields)
+                    return await self.place(order_id=order_id, **fields)
             if order_id == wanted:
                 self.tell(f"{wanted} was charged before and would not be again: a cent more")
             # After the most that a charge may be, the least.
@@ -1173,7 +1169,7 @@ class Crowd:
     async def treat(self, raw: dict[str, Any], signal_name: str) -> None:
         """Place an order and signal it; call again while the server is down."""
         with suppress(WorkflowAlreadyStartedError):  # by the try before, whose answer was lost
-            await persist(lambda: start(self.stage.client, OrderWorkflow, raw))
+            await persist(lambda: start(self.stage.client, raw))
         if signal_name:
             await asyncio.sleep(1)
             handle = self.stage.client.get_workflow_handle(raw["order_id"])
