@@ -103,10 +103,8 @@ async def place(options: argparse.Namespace) -> int:
             say(f"{order.order_id} is running already: attached to it, nothing was started")
         page = f"namespaces/{client.namespace}/workflows/{order.order_id}"
         say(f"see it: {web_ui(stage.address)}/{page}")
-        if ours:
-            return await signals.follow(client, order.order_id, tend=stage.revive)
-        if options.wait_result:
-            return await signals.follow(client, order.order_id)
+        if ours or options.wait_result:
+            return await signals.follow(client, order.order_id, stage.revive if ours else None)
         say((await signals.picture(client, handle))[0])
         return 0
 
@@ -154,12 +152,8 @@ ONCE = {"charge": "charged", "reservation": "reserved", "dispatch": "dispatched"
 RELEASED = {"reservation": "released", "dispatch": "voided"}
 VOIDED, REFUNDED = RELEASED | {"charge": "voided"}, RELEASED | {"charge": "refunded"}
 REVIEWED: dict[str, Any] = {"review": "person", "review_seconds": 600}
-PATIENT: dict[str, Any] = {
-    "deadline_seconds": 600,
-    "max_attempts": 0,
-    "review": "timer",
-    "review_seconds": 0.1,
-}
+PATIENT: dict[str, Any] = {"deadline_seconds": 600, "max_attempts": 0}
+PATIENT |= {"review": "timer", "review_seconds": 0.1}
 # A workflow task that fails is tried again when its time is over: 10 s, if nothing else is said.
 BRIEF = {"task_timeout": timedelta(seconds=1)}
 # Edits, in the words of README.md: a file, a line in it, and what shall stand there instead.
@@ -169,11 +163,8 @@ CHECK = '            await self._do(step.validate_order, "VALIDATING")\n'
 ENTER = '        self._enter("AWAITING_REVIEW")\n'
 BUG = ("workflows.py", ENTER, '        raise RuntimeError("a bug")\n' + ENTER)
 CHECKED = ("workflows.py", REVIEW, CHECK + REVIEW)
-PATCHED = (
-    "workflows.py",
-    REVIEW,
-    '            if workflow.patched("check again"):\n    ' + CHECK + REVIEW,
-)
+PATCH = '            if workflow.patched("check again"):\n'
+PATCHED = ("workflows.py", REVIEW, f"{PATCH}    {CHECK}{REVIEW}")
 AS_IT_WAS = ("workflows.py", "", "")
 KEY = 'perform(order, "charge", order.payment_id)'
 NO_KEY = ("activities.py", KEY, KEY[:-1] + ' + f"-{activity.info().attempt}")')
@@ -1075,9 +1066,8 @@ async def run_crash(options: argparse.Namespace) -> int:
             verdict, tries = "not shown", 3  # a busy machine may come too late
             while verdict.startswith("not shown") and tries:
                 verdict, tries = await player.play(EXERCISES[number]), tries - 1
-            rows.append(
-                f"{verdict.partition(':')[0]:9} {time.time() - player.began:5.1f} s  {claim}"
-            )
+            took = time.time() - player.began
+            rows.append(f"{verdict.partition(':')[0]:9} {took:5.1f} s  {claim}")
     print()
     for row in rows:
         say(row, indent=20)
