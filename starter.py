@@ -887,7 +887,6 @@ class Person(Player):
             say("So there is nothing to explain yet: it is offered again.")
             return
         store.note(f"exercise {number}", "held", {})
-        self.parts = [part for part in self.parts if not part.startswith("Do.")]
         self.say_part("Observe")
         await self.ask("Enter goes on: ")
         self.say_part("Explain")
