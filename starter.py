@@ -928,7 +928,7 @@ class Person(Player):
 
     async def do_it(self, act: Act) -> Any:
         """Ask for something, do it on Enter if we can, and go on when it is done."""
-        ours, did = self.ours or not act.elsewhere, None
+        ours = self.ours or not act.elsewhere
         if ours and act.elsewhere:  # nobody else does it
             act.done = lambda: False
         self.say_part("Do")
@@ -945,13 +945,11 @@ class Person(Player):
             if hurry and not done and await self.over() and not await self.sees(act.done):
                 raise Verdict("not shown: too late: the order ended before that")
             if line is not None and ours:
-                did = await act.do()
-                break
+                return await super().do_it(act)
             if line is not None:
                 say(f"{'':10}this is not done yet: {act.elsewhere}", indent=10)
         self.tell(act.told)
         self.since = time.time()
-        return did
 
     async def wait(self, words: str, sight: Sight, *given: Any) -> None:
         """Wait, say for what, and hear whether the person leaves."""
