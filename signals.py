@@ -146,12 +146,8 @@ async def decide(client: Client, options: argparse.Namespace) -> int:
 
 
 async def cancel(client: Client, options: argparse.Namespace) -> int:
-    """Send cancel; an order that was picked from a list is confirmed first."""
+    """Send cancel, unless the order is being undone already."""
     handle = await addressee(client, options)
-    if options.order_id is None:
-        answer = await keyboard().ask(f"Cancel {printable(handle.id)}? [y/N]: ")
-        if (answer or "").lower() != "y":
-            sys.exit("nothing was cancelled")
     if (await ask(handle))[1] == "COMPENSATING":
         sys.exit(f"too late: {handle.id} is being undone already; see: {see('watch', handle.id)}")
     await handle.signal("cancel", options.reason)
@@ -201,7 +197,7 @@ async def offer(client: Client, verb: str) -> str:
             say(f"{len(choices):3}  {state:15} {amount:>10}  {order_id}", indent=5)
     if not choices:
         sys.exit(f"no order waits to {verb}; see: {see('list')}")
-    only = "1" if len(choices) == 1 else ""
+    only = "1" if len(choices) == 1 and verb != "cancel" else ""  # Enter alone undoes nothing
     question = f"Which one, or q{' [1]' * bool(only)}: "
     while (answer := await keyboard().ask(question)) not in (None, "q"):
         picked = choices.get(answer or only, answer)
