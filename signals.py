@@ -18,7 +18,6 @@ from collections.abc import Callable, Coroutine, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import cache
 from typing import Any
 
 from temporalio.api.enums.v1 import EventType, TaskQueueType, TimeoutType, WorkflowTaskFailedCause
@@ -82,23 +81,24 @@ class Keyboard:
                     hand_over(put, line.decode(errors="replace").strip())
             hand_over(put, None)
 
-    async def line(self) -> str | None:
-        """Return the next line, or None at the end of input."""
-        line = await self._lines.get()
-        if line is None:
-            self._lines.put_nowait(None)
+    async def line(self, seconds: float | None = None) -> str | None:
+        """Wait so long for a line, None: for ever; q and the end of input raise EOFError."""
+        try:
+            async with asyncio.timeout(seconds):
+                line = await self._lines.get()
+        except TimeoutError:
+            return None
+        if line is None or line.lower() == "q":
+            raise EOFError
         return line
 
-    async def ask(self, question: str) -> str | None:
-        """Ask, and return the answer, or None at the end of input."""
+    async def ask(self, question: str) -> str:
+        """Ask, and return the answer."""
         print(question, end="", flush=True)
         answer = await self.line()
-        if answer is None or not sys.stdin.isatty():
+        if not sys.stdin.isatty():
             print()
-        return answer
-
-
-keyboard = cache(Keyboard)  # one for the whole process, made when it is first asked for
+        return answer or ""
 
 
 class Screen:
@@ -199,11 +199,15 @@ async def offer(client: Client, verb: str) -> str:
         sys.exit(f"no order waits to {verb}; see: {see('list')}")
     only = "1" if len(choices) == 1 and verb != "cancel" else ""  # Enter alone undoes nothing
     question = f"Which one, or q{' [1]' * bool(only)}: "
-    while (answer := await keyboard().ask(question)) not in (None, "q"):
-        picked = choices.get(answer or only, answer)
-        if picked in choices.values():
-            return str(picked)
-        say(f"a number from 1 to {len(choices)} or one of these ids, please")
+    keyboard = Keyboard()
+    with suppress(EOFError):
+        while True:
+            answer = await keyboard.ask(question)
+            picked = choices.get(answer or only, answer)
+            if picked in choices.values():
+                return picked
+            say(f"a number from 1 to {len(choices)} or one of these ids, please")
+    print()  # Ctrl+D ends no line
     sys.exit(f"no {verb} was sent")
 
 

@@ -42,7 +42,7 @@ import charge_store as store
 import signals
 from activities import FAULTS, RULES, SLOW_SECONDS, STEPS, parse_order
 from charge_store import printable, say
-from signals import Screen
+from signals import Keyboard, Screen
 from worker import (
     DEFAULT_ADDRESS,
     HERE,
@@ -852,8 +852,7 @@ class Person(Player):
 
     def __init__(self, stage: Stage, ours: bool) -> None:
         super().__init__(stage, ours)
-        self.keyboard, self.screen = signals.keyboard(), Screen()
-        self.typing: asyncio.Task[str | None] | None = None  # the next line
+        self.keyboard, self.screen = Keyboard(), Screen()
         self.parts: list[str] = []
         self.verdicts: dict[int, str] = {}
 
@@ -902,29 +901,14 @@ class Person(Player):
         self.screen.clear()
         super().tell(words)
 
-    async def heard(self, seconds: float | None = None) -> str | None:
-        """Wait so long for a line, None: for ever; q and the end of input leave."""
-        self.typing = self.typing or asyncio.create_task(self.keyboard.line())
-        await asyncio.wait([self.typing], timeout=seconds)
-        if not self.typing.done():
-            return None
-        line, self.typing = self.typing.result(), None
-        if line is None or line.lower() == "q":
-            raise EOFError
-        return line
-
     async def overhear(self) -> None:
         """Let go what a person at a terminal types unasked; who leaves has left."""
-        while sys.stdin.isatty() and await self.heard(0) is not None:
+        while sys.stdin.isatty() and await self.keyboard.line(0) is not None:
             pass
 
     async def ask(self, question: str) -> str:
         """Ask; q and the end of input leave."""
-        print(question, end="", flush=True)
-        line = await self.heard()
-        if not sys.stdin.isatty():
-            print()
-        return line or ""
+        return await self.keyboard.ask(question)
 
     async def do_it(self, act: Act) -> Any:
         """Ask for something, do it on Enter if we can, and go on when it is done."""
@@ -940,7 +924,7 @@ class Person(Player):
         print(told, flush=True)
         hurry = not await self.over()  # before the orders end
         while not await self.sees(act.done):
-            line = await self.heard(0.2)
+            line = await self.keyboard.line(0.2)
             done = await self.sees(act.done)  # over() takes seconds if the server is dead
             if hurry and not done and await self.over() and not await self.sees(act.done):
                 raise Verdict("not shown: too late: the order ended before that")
