@@ -9,7 +9,6 @@ import asyncio
 import itertools
 import json
 import shutil
-import socket
 import sys
 import textwrap
 import threading
@@ -20,9 +19,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from temporalio.api.enums.v1 import EventType, TaskQueueType, TimeoutType, WorkflowTaskFailedCause
-from temporalio.api.taskqueue.v1 import TaskQueue
-from temporalio.api.workflowservice.v1 import DescribeTaskQueueRequest
+from temporalio.api.enums.v1 import EventType, TimeoutType, WorkflowTaskFailedCause
 from temporalio.client import (
     Client,
     WorkflowExecutionDescription,
@@ -258,19 +255,6 @@ async def silence(handle: Handle) -> str:
     if now.raw_description.pending_workflow_task.HasField("started_time"):
         return f"a worker replays {now.history_length} events; if it died, another will within 10 s"
     return f"no worker answers; start one in another terminal: {command('worker.py')}"
-
-
-async def pollers(client: Client, queue: str) -> set[int]:
-    """Find the processes on this machine that asked a task queue for work of late."""
-    request = DescribeTaskQueueRequest(
-        namespace=client.namespace,
-        task_queue=TaskQueue(name=queue),
-        task_queue_type=TaskQueueType.TASK_QUEUE_TYPE_WORKFLOW,
-    )
-    answer = await client.workflow_service.describe_task_queue(request, timeout=RPC_TIMEOUT)
-    found = [poller.identity.partition("@") for poller in answer.pollers]
-    here = socket.gethostname()
-    return {int(pid) for pid, _, host in found if host == here and pid.isdigit()}
 
 
 async def code_failure(handle: Handle) -> str | None:

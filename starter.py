@@ -14,6 +14,7 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -30,6 +31,8 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from temporalio.api.taskqueue.v1 import TaskQueue
+from temporalio.api.workflowservice.v1 import DescribeTaskQueueRequest
 from temporalio.client import Client, WorkflowFailureError
 from temporalio.common import WorkflowIDReusePolicy
 from temporalio.exceptions import ApplicationError, WorkflowAlreadyStartedError
@@ -653,10 +656,15 @@ class Player:
 
         The server lists dead ones too, for over a minute: its list alone is no proof of life.
         """
+        describe = self.stage.client.workflow_service.describe_task_queue
+        namespace, here = self.stage.client.namespace, socket.gethostname()
         found = set[int]()
-        for queue in (ORDERS_QUEUE, SHIPPING_QUEUE):
+        for queue in (TaskQueue(name=ORDERS_QUEUE), TaskQueue(name=SHIPPING_QUEUE)):
+            request = DescribeTaskQueueRequest(namespace=namespace, task_queue=queue)
             with suppress(RPCError):
-                found |= await signals.pollers(self.stage.client, queue)
+                answer = await describe(request, timeout=signals.RPC_TIMEOUT)
+                names = [poller.identity.partition("@") for poller in answer.pollers]
+                found |= {int(pid) for pid, _, host in names if host == here and pid.isdigit()}
         return sorted(pid for pid in found if not self.is_dead(pid))
 
     async def newcomer(self, before: set[int], alone: bool = False) -> bool:
