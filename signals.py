@@ -34,7 +34,7 @@ from temporalio.service import RPCError, RPCStatusCode
 
 import charge_store as store
 from charge_store import fit, printable, say
-from worker import SERVER_DOWN, Parser, command, connect, persist, run_script, web_ui
+from worker import SERVER_DOWN, Parser, command, connect, persist, run_script
 from workflows import HEARTBEAT, NOTE_LENGTH, START_TO_CLOSE
 
 Handle = WorkflowHandle[Any, Any]
@@ -325,7 +325,7 @@ async def follow(client: Client, order_id: str, tend: Callable[[], Any] | None =
     screen = Screen(plain=tend is not None)
     while description.status == RUNNING:
         try:
-            screen.show(*await picture(client, handle))
+            screen.show(*await picture(handle))
             await asyncio.sleep(0.2)
             description = await handle.describe()
         except RPCError as error:
@@ -346,7 +346,7 @@ async def follow(client: Client, order_id: str, tend: Callable[[], Any] | None =
     return 0
 
 
-async def picture(client: Client, handle: Handle) -> tuple[str, list[str]]:
+async def picture(handle: Handle) -> tuple[str, list[str]]:
     """Return an order's headline and its steps: done, now, still to come."""
     _, state = await ask(handle)
     activities = (await handle.describe()).raw_description.pending_activities
@@ -360,8 +360,6 @@ async def picture(client: Client, handle: Handle) -> tuple[str, list[str]]:
         lines.append(f"    [{box}] {done}")
         if step == state and state in ("WAITING", "AWAITING_REVIEW"):
             lines[-1] += f": {await seconds_left(handle):.0f} s left"
-    address = client.service_client.config.target_host
-    lines.append(f"    {web_ui(address)}/namespaces/{client.namespace}/workflows/{handle.id}")
     return headline, lines
 
 

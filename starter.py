@@ -108,7 +108,7 @@ async def place(options: argparse.Namespace) -> int:
         say(f"see it: {web_ui(stage.address)}/{page}")
         if ours or options.wait_result:
             return await signals.follow(client, order.order_id, stage.revive if ours else None)
-        say((await signals.picture(client, handle))[0])
+        say((await signals.picture(handle))[0])
         return 0
 
 
