@@ -606,9 +606,8 @@ def lanes(bars: list[Bar], columns: int = 79) -> list[str]:
     seen = set(itertools.chain(*drawn.values()))
     legend = [f"{mark} {words}" for mark, words in MARKS.items() if mark in seen]
     # Names where there is room, first of what went wrong, then of what took long.
-    for bar in sorted(
-        (bar for bar in bars if bar.name), key=lambda bar: (bar.mark in "|>", bar.begin - bar.end)
-    ):
+    named = [bar for bar in bars if bar.name]
+    for bar in sorted(named, key=lambda bar: (bar.mark in "|>", bar.begin - bar.end)):
         write_name(drawn[bar.lane], bar.name, column[bar.begin], column[bar.end])
     margin = " " * LABEL
     lines = [f"{lane[: LABEL - 1]:{LABEL}}{''.join(drawn[lane])}".rstrip() for lane in drawn]
