@@ -214,7 +214,7 @@ async def charge(t: "Player") -> None:
         await t.kill(hard)
         await t.start()
         await t.until("attempt 2; the provider knows the key", begun, order, "charge_payment", 2)
-        await t.ends(order, "charged", {"charge": "charged"}, within=6.5, asked={"charge": 2})
+        await t.ends(order, "charged", {"charge": "charged"}, within=6.5, charge=2)
 
 
 async def approve(t: "Player") -> None:
@@ -319,7 +319,7 @@ async def reset(t: "Player") -> None:
     order = await t.place()
     await t.ends(order, "COMPLETED", ONCE)
     await t.shell(f"{back} {order}", begun, order, "receive_order", 2)
-    await t.ends(order, "COMPLETED", ONCE, within=2, asked=dict.fromkeys(ONCE, 2))
+    await t.ends(order, "COMPLETED", ONCE, within=2, charge=2, reservation=2, dispatch=2)
     order = await t.place_for_review()
     await t.send("approve", order)
     await t.ends(order, "COMPLETED", ONCE)
@@ -338,8 +338,8 @@ async def late(t: "Player") -> None:
         await t.until(f"{step}, 5 s late, is on its way", begun, order, step)
         await t.send("cancel", order)
         t.show("ended" not in payloads(order, step)[0], "it arrived before the cancel")
-    await t.ends(charging, "CANCELLED", VOIDED, within=6, asked={"charge": 1})
-    await t.ends(shipping, "CANCELLED", REFUNDED, within=6, asked={"dispatch": 1})
+    await t.ends(charging, "CANCELLED", VOIDED, within=6, charge=1)
+    await t.ends(shipping, "CANCELLED", REFUNDED, within=6, dispatch=1)
 
 
 async def points(t: "Player") -> None:
@@ -352,7 +352,7 @@ async def points(t: "Player") -> None:
         order = await t.place(simulate={step: fault})
         await t.until(f"the worker has died: {fault} of {step}", t.died, order, step)
         await t.start()
-        await t.ends(order, "COMPLETED", ONCE, within=4, asked=asked)
+        await t.ends(order, "COMPLETED", ONCE, within=4, **asked)
         t.show(store.count(order, step) >= 2, "there was no second attempt")
 
 
@@ -796,16 +796,11 @@ class Player:
     # What must be true.
 
     async def ends(
-        self,
-        order_id: str,
-        end: str,
-        effects: dict[str, str],
-        within: float = 0,
-        asked: dict[str, int] | None = None,
+        self, order_id: str, end: str, effects: dict[str, str], within: float = 0, **asked: int
     ) -> None:
         """Wait for an order's end and its ledger; both must be so within seconds of the last act.
 
-        `effects` are the statuses that the ledger must show, `asked` the least requests.
+        `effects` are the statuses that the ledger must show, `asked` the least requests of a kind.
         """
         should = f"; it should take {within:g} s" if within else ""
         await self.wait(f"{order_id} ends{should}", self.ended, order_id)
@@ -814,7 +809,7 @@ class Player:
         for _ in range(100):  # 10 s: what comes late comes within 5
             rows = store.effects_of(order_id)
             fit = sorted((row["kind"], row["status"]) for row in rows) == sorted(effects.items())
-            rare = [row for row in rows if row["requests"] < (asked or {}).get(row["kind"], 0)]
+            rare = [row for row in rows if row["requests"] < asked.get(row["kind"], 0)]
             if fit and not rare:
                 break
             await asyncio.sleep(0.1)
