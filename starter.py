@@ -742,8 +742,6 @@ class Player:
             act.enter, act.told = "undoes the change", f"{file} is as it was"
             act.done = lambda: not is_edited(BUG, CHECKED)
         await self.do_it(act)
-        if change == AS_IT_WAS:
-            warn_of_edits()  # of who edited by hand what Enter changes in a copy
 
     async def kill_server(self) -> None:
         """Kill the server."""
