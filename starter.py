@@ -514,8 +514,6 @@ class Player:
             self.stage.start_worker()
         # One that was killed a moment ago could be given the next task; it would take 10 s to see.
         await self.until("a worker is there", self.newcomer, before)
-        if len(found := await self.pollers()) > 1:
-            self.tell(f"workers {', '.join(map(str, found))} all live: to kill one may show little")
 
     def tell(self, words: str) -> None:
         """Print what happens, with the seconds since the exercise began."""
