@@ -856,12 +856,16 @@ class Person(Player):
 
     async def offer(self) -> None:
         """Offer the exercises and lead through them until the person leaves."""
+
+        def read(text: str) -> int | None:
+            return None if text == "?" else chosen(text)
+
         number, choice, done = following(0), None, held()
         while True:
             if choice is None:
                 for n, (title, _) in sections().items():
                     say(f"{'x' if n in done else ' '} {n:2}  {title}")
-            choice = await self.prompt("Number, name, ? for the list, or q", str(number), chosen)
+            choice = await self.prompt("Number, name, ? for the list, or q", str(number), read)
             if choice is not None:
                 await self.lead(choice)
                 number = following(choice) if self.verdicts[choice] == "held" else choice
@@ -1020,10 +1024,8 @@ def following(number: int) -> int:
     return next((n for n in around if n not in held()), 1)
 
 
-def chosen(text: str) -> int | None:
-    """Read the number or the name of an exercise; None: ? was typed."""
-    if text == "?":
-        return None
+def chosen(text: str) -> int:
+    """Read the number or the name of an exercise."""
     if text in NAMES:
         return NAMES.index(text)
     if text not in map(str, range(len(NAMES))):
