@@ -860,17 +860,16 @@ class Person(Player):
         def read(text: str) -> int | None:
             return None if text == "?" else chosen(text)
 
-        number, choice, done = following(0), None, held()
+        number, choice = following(0), None
         while True:
             if choice is None:
                 for n, (title, _) in sections().items():
-                    say(f"{'x' if n in done else ' '} {n:2}  {title}")
+                    say(f"{'x' if n in held() else ' '} {n:2}  {title}")
             choice = await self.prompt("Number, name, ? for the list, or q", str(number), read)
             if choice is not None:
                 await self.lead(choice)
                 number = following(choice) if self.verdicts[choice] == "held" else choice
-                done = held()
-                all_done = " ".join(map(str, sorted(done))) or "none"
+                all_done = " ".join(map(str, sorted(held()))) or "none"
                 say(f"done: {all_done} · next: {number} {NAMES[number]}")
 
     async def lead(self, number: int) -> None:
