@@ -22,7 +22,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -135,16 +135,13 @@ async def temporal(quiet: bool) -> AsyncIterator[tuple[Stage, bool]]:
         return
     with TemporaryDirectory(prefix="orders-", ignore_cleanup_errors=True) as folder:
         logs = Path(folder) / "workers.log" if quiet else None
-        stage = Stage(HERE, int(DEFAULT_ADDRESS.rpartition(":")[2]), logs)
-        try:
+        async with aclosing(Stage(HERE, int(DEFAULT_ADDRESS.rpartition(":")[2]), logs)) as stage:
             say(f"no server at {DEFAULT_ADDRESS}: starting one, and a worker, while this runs")
             await stage.start_server()
             kept = nearby(HERE / "temporal.db")
             say(f"Web UI: {web_ui(DEFAULT_ADDRESS)}  unfinished orders stay in {kept}")
             stage.start_worker()
             yield stage, True
-        finally:
-            await stage.close()
 
 
 # The exercises. `t` is the player, the machine or a person; README.md has the words for a person,

@@ -1715,7 +1715,7 @@ def composed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
         runner.run(stage.start_server())
         stage.start_worker()
         yield stage
-        runner.run(stage.close())
+        runner.run(stage.aclose())
         assert store.audit()[1] == []
 
 

@@ -262,7 +262,7 @@ class Stage:
                 sys.exit(f"workers end with exit code 1: {self.logs or ''}")
             self.start_worker()
 
-    async def close(self) -> None:
+    async def aclose(self) -> None:
         """Kill all that still runs."""
         for worker in list(self.workers):
             self.kill_worker(worker)
@@ -304,7 +304,7 @@ async def private_stage() -> AsyncIterator[Stage]:
             await stage.start_server()
             yield stage
         finally:
-            await stage.close()
+            await stage.aclose()
             store.close()
             os.environ["CHARGE_STORE"] = ledger
 
