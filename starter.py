@@ -681,11 +681,10 @@ class Player:
         living, attempts = await self.pollers(), payloads(list(self.orders)[-1], "charge_payment")
         pid = attempts[-1]["worker"] if attempts else min(living, default=0)
         self.show(pid in living, "the worker that has the order is dead, or not on this machine")
-        act = Act(f"stops worker {pid}", f"worker {pid} has stopped", partial(self.end, pid, hard))
-        act.typed, act.done = f"kill -INT {pid}", partial(self.is_dead, pid)
-        if hard:
-            act.enter, act.told = f"kills worker {pid}", f"worker {pid} is dead"
-            act.typed = kill_command(pid)
+        does, done = ("kills", "is dead") if hard else ("stops", "has stopped")
+        act = Act(f"{does} worker {pid}", f"worker {pid} {done}", partial(self.end, pid, hard))
+        act.typed = kill_command(pid) if hard else f"kill -INT {pid}"
+        act.done = partial(self.is_dead, pid)
         await self.do_it(act)
         self.note("killed" if hard else "stopped", worker=pid)
         others = await self.pollers()
