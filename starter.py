@@ -977,9 +977,8 @@ class Person(Player):
 def sections() -> dict[int, tuple[str, str]]:
     """Read the exercises from README.md, as plain text: {number: (title, text)}."""
     readme = (HERE / "README.md").read_text(encoding="utf-8").replace("**", "").replace("`", "")
-    parts = re.split(r"^(?=##+ )", readme, flags=re.MULTILINE)
-    found = [(re.match(r"### Exercise (\d+): (.*)\n", part), part) for part in parts]
-    return {int(m[1]): (m[2], part[m.end() :].strip()) for m, part in found if m}
+    found = re.finditer(r"(?ms)^### Exercise (\d+): ([^\n]*)\n(.*?)(?=^##)", readme)
+    return {int(m[1]): (m[2], m[3].strip()) for m in found}
 
 
 async def run_prompts(_: argparse.Namespace) -> int:
