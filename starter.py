@@ -453,6 +453,7 @@ class Player:
         self.running: set[str] = set()  # of these, and of earlier ones, what has not ended
         self.began = self.since = time.time()  # the exercise; the last act
         self.apart = False  # in a contrast
+        self.screen = Screen()
 
     async def play(self, exercise: Exercise) -> str:
         """Play an exercise; return `held`, `not shown: ...` or `NOT HELD: ...`."""
@@ -514,6 +515,7 @@ class Player:
 
     def tell(self, words: str) -> None:
         """Print what happens, with the seconds since the exercise began."""
+        self.screen.clear()  # of what a person is told to wait for
         if words:
             say(f"{time.time() - self.began:6.1f} s  {words}", indent=10)
 
@@ -846,7 +848,7 @@ class Person(Player):
 
     def __init__(self, stage: Stage, ours: bool) -> None:
         super().__init__(stage, ours)
-        self.keyboard, self.screen = Keyboard(), Screen()
+        self.keyboard = Keyboard()
         self.parts: list[str] = []
         self.verdicts: dict[int, str] = {}
 
@@ -892,11 +894,6 @@ class Person(Player):
         if self.parts and self.parts[0].startswith(f"{label}."):
             elsewhere = r"\s*With\s+three\s+terminals:.*" if self.ours else "$"
             print(re.sub(elsewhere, "", self.parts.pop(0), flags=re.DOTALL) + "\n", flush=True)
-
-    def tell(self, words: str) -> None:
-        """Print what happens, instead of what was waited for."""
-        self.screen.clear()
-        super().tell(words)
 
     async def overhear(self) -> None:
         """Let go what a person at a terminal types unasked; who leaves has left."""
