@@ -496,14 +496,12 @@ class Player:
 
     async def prepare(self) -> None:
         """Have one worker; on a stage of ours a new one, of a copy of our scripts, to be edited."""
-        before: set[int] = set()
         if self.ours:
             for worker in list(self.stage.workers):
                 self.stage.kill_worker(worker)
                 self.note("killed", worker=worker.pid)
             if not self.stage.server:
                 await self.stage.start_server()
-            before = set(await self.pollers())
             assert self.stage.logs
             self.stage.code = self.stage.logs.with_name("code")
             self.stage.code.mkdir(exist_ok=True)
@@ -511,7 +509,7 @@ class Player:
                 shutil.copy2(script, self.stage.code)
             self.stage.start_worker()
         # One that was killed a moment ago could be given the next task; it would take 10 s to see.
-        await self.until("a worker is there", self.newcomer, before)
+        await self.until("a worker is there", self.pollers)
 
     def tell(self, words: str) -> None:
         """Print what happens, with the seconds since the exercise began."""
