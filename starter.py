@@ -99,10 +99,8 @@ async def place(options: argparse.Namespace) -> int:
             say(f"{order.order_id} started: {order.customer_id}, {order.amount_cents / 100:.2f}")
         except WorkflowAlreadyStartedError:
             if (await handle.describe()).status != signals.RUNNING:
-                sys.exit(
-                    f"{order.order_id} has finished already: nothing was started; see: "
-                    f"{command('signals.py')} events {order.order_id}"
-                )
+                see = signals.see("events", order.order_id)
+                sys.exit(f"{order.order_id} has finished already: nothing was started; see: {see}")
             say(f"{order.order_id} is running already: attached to it, nothing was started")
         page = f"namespaces/{client.namespace}/workflows/{order.order_id}"
         say(f"see it: {web_ui(stage.address)}/{page}")
