@@ -1087,7 +1087,7 @@ class Crowd:
         # Drawn before anything runs: the same seed gives the same orders, whatever the kills do.
         self.drawn = {f"crowd-{n}": self.random.choice(kinds) for n in range(options.orders)}
         self.placed: dict[str, float] = {}
-        self.workers_killed = self.servers_killed = 0
+        self.killed = 0  # workers; every fifth time the server too
 
     async def run(self) -> None:
         """Place the orders, kill between them, and wait for all to end."""
@@ -1151,11 +1151,10 @@ class Crowd:
                 await asyncio.sleep(0.1)
             self.stage.kill_worker(self.random.choice(busy or self.stage.workers))
             self.stage.start_worker()
-            self.workers_killed += 1
-            if kill % 5 == 4:
+            self.killed += 1
+            if self.killed % 5 == 0:
                 await self.stage.kill_server()
                 await self.stage.start_server()
-                self.servers_killed += 1
 
     def left(self) -> int:
         """Count the orders that were placed and have no outcome."""
@@ -1165,7 +1164,7 @@ class Crowd:
         """Tell how it goes."""
         told = f"orders {len(store.execute(OUTCOMES))}/{len(self.drawn)}"
         if self.options.kills:
-            told += f" · killed {self.workers_killed} workers, {self.servers_killed} servers"
+            told += f" · killed {self.killed} workers, {self.killed // 5} servers"
         asked, twice = len(store.execute(ASKED_AGAIN)), len(store.execute(CHARGED_TWICE))
         return f"{told} · asked more than once {asked} · charged twice {twice}"
 
