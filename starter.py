@@ -149,7 +149,6 @@ SLOW = {"charge_payment": "slow"}
 ONCE = {"charge": "charged", "reservation": "reserved", "dispatch": "dispatched"}
 RELEASED = {"reservation": "released", "dispatch": "voided"}
 VOIDED, REFUNDED = RELEASED | {"charge": "voided"}, RELEASED | {"charge": "refunded"}
-REVIEWED: dict[str, Any] = {"review": "person", "review_seconds": 600}
 PATIENT: dict[str, Any] = {"deadline_seconds": 600, "max_attempts": 0}
 PATIENT |= {"review": "timer", "review_seconds": 0.1}
 # A workflow task that fails is tried again when its time is over: 10 s, if nothing else is said.
@@ -535,7 +534,7 @@ class Player:
 
     async def place_for_review(self, **fields: Any) -> str:
         """Place an order that waits for a person."""
-        order = await self.place(**REVIEWED | fields)
+        order = await self.place(review="person", review_seconds=600, **fields)
         await self.until("the order waits for you", self.is_in, order, "AWAITING_REVIEW")
         return order
 

@@ -117,9 +117,6 @@ class TolerantConverter(DefaultPayloadConverter):
             return [error]
 
 
-DATA_CONVERTER = DataConverter(payload_converter_class=TolerantConverter)
-
-
 def client_config() -> dict[str, Any]:
     """Read from the environment or a profile where Temporal is; empty if neither says."""
     try:
@@ -140,7 +137,8 @@ def be_quiet() -> None:
 
 async def connect() -> Client:
     """Connect within 4 s, or exit with a line that says what to do."""
-    config: dict[str, Any] = {"target_host": DEFAULT_ADDRESS, "data_converter": DATA_CONVERTER}
+    converter = DataConverter(payload_converter_class=TolerantConverter)
+    config: dict[str, Any] = {"target_host": DEFAULT_ADDRESS, "data_converter": converter}
     config |= client_config()
     try:
         return await asyncio.wait_for(Client.connect(**config), 4)
