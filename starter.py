@@ -576,7 +576,7 @@ class Player:
         while not await self.sees(sight, *given):
             if await self.over() and not await self.sees(sight, *given):
                 raise Verdict(f"not shown: the order ended without it: {words}")
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(0.1)
 
     async def sees(self, sight: Sight, *given: Any) -> bool:
         """Look, while the server may be dead or about to die."""

@@ -1276,12 +1276,12 @@ async def test_an_order_outlives_the_messages_that_come_while_no_worker_lives(st
     wing = Wing(stage, "buffered")
     approved = await place(wing, "approve", "first", review_seconds=600)
     rejected = await place(wing, "reject", "first", review_seconds=600)
-    await flood(approved, 599, MIX)
+    await flood(approved, 399, MIX)
     await flood(rejected, 2099, MIX)
     wing.start_worker()
     # On two cores that do nothing else this takes a few seconds; 60 is what we promise.
     async with asyncio.timeout(2 * LONG):
-        check_flood(await gather(approved), "approved", 600)
+        check_flood(await gather(approved), "approved", 400)
         check_flood(await gather(rejected), "rejected", 2100)
 
 
@@ -1383,6 +1383,11 @@ def test_wrong_usage_exits_2_with_one_line(says: str, words: list[str]) -> None:
 @pytest.mark.parametrize("line", HELP)
 def test_each_command_has_help(line: str) -> None:
     answers(here(*line.split(), "--help"), 0, "usage:")
+
+
+def test_without_a_server_the_command_that_starts_one_is_named() -> None:
+    for line in ("starter.py order", "signals.py approve o"):
+        answers(here(*line.split(), TEMPORAL_ADDRESS=NOWHERE), 1, "worker.py server")
 
 
 def test_an_order_that_nobody_knows_is_named_with_the_command_that_lists_them(
@@ -1531,10 +1536,7 @@ def test_an_order_is_picked_by_number_or_id_and_by_enter_if_it_is_the_only_one(
 
 @side_by_side
 def test_what_stops_a_script_is_said_in_one_line(_: Stage) -> None:
-    for script, *words in (["starter.py", "order"], ["signals.py", "approve", "o"], ["worker.py"]):
-        done = run(script, *words, TEMPORAL_ADDRESS=NOWHERE)
-        answers(done, 1, "no Temporal server")
-        assert "worker.py server" in done.stderr
+    answers(run("worker.py", TEMPORAL_ADDRESS=NOWHERE), 1, "worker.py server")
     with socket.create_server(("127.0.0.1", 0)) as silent:
         for address in (f"127.0.0.1:{silent.getsockname()[1]}", RED):
             answers(run("worker.py", TEMPORAL_ADDRESS=address), 1, "no Temporal server")
@@ -1645,7 +1647,8 @@ def test_the_server_command_is_the_server_and_keeps_its_data(stage: Stage) -> No
     for known in (False, True):
         with subprocess.Popen(words, **pipes) as server:
             until(is_listening, address)
-            answers(run("worker.py", "server", code=copy), 1, f"port {port} is taken")
+            if known:
+                answers(run("worker.py", "server", code=copy), 1, f"port {port} is taken")
             order = run("starter.py", "order", "kept", code=copy, TEMPORAL_ADDRESS=address)
             answers(order, 0, "is running already" if known else "kept started")
             server.kill()
