@@ -79,7 +79,7 @@ class Keyboard:
             hand_over(put, None)
 
     async def line(self, seconds: float | None = None) -> str | None:
-        """Wait so long for a line, None: for ever; q and the end of input raise EOFError."""
+        """Return a line, or None if none comes in time; q and the end of input raise EOFError."""
         try:
             async with asyncio.timeout(seconds):
                 line = await self._lines.get()

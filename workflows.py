@@ -147,7 +147,7 @@ class OrderWorkflow:
     async def _do(self, activity: Activity, state: str, undo: Activity | None = None) -> None:
         """Do a step."""
         self._enter(state)
-        if undo:  # The saga pattern: before the step, as one that "failed" may have happened.
+        if undo:  # The saga pattern: registered first, as a step that "failed" may have happened.
             self._undos.append(undo)
         await run_activity(activity, self._order.max_attempts, self._order)
 
@@ -276,7 +276,7 @@ class OrderWorkflow:
         # Before a reset, or before the server forgot it, a run did what this one does not know of.
         was_before = await run_activity(step.look_back, 0, self._order, bool(self._undos))
         undos = step.UNDOS if was_before else self._undos
-        # First of all no run may ship any more: else one could, after a reset, what is undone here.
+        # Forbidden first: else another run could, after a reset, ship what is undone here.
         if undos and await run_activity(step.void_dispatch, 0, self._order) == "dispatched":
             return False  # the point of no return
         for undo in reversed(undos):
