@@ -188,7 +188,7 @@ def audit() -> tuple[int, list[str]]:
 # Temporal to repeat it. Temporal gives a silent attempt up after 1 s: HEARTBEAT in workflows.py.
 PATIENCE_SECONDS = 1
 _turn = threading.RLock()
-_opened: dict[tuple[str, int], sqlite3.Connection] = {}  # at most one, by file name and inode
+_opened: dict[tuple[Path, int], sqlite3.Connection] = {}  # at most one, by file name and inode
 
 
 def store_path() -> Path:
@@ -206,14 +206,13 @@ def execute(statement: str, *values: Any, synchronous: str = "FULL") -> list[dic
         raise sqlite3.OperationalError("database is locked")
     try:
         path = store_path()
-        file = (str(path), path.stat().st_ino if path.exists() else 0)
-        if file not in _opened:  # CHARGE_STORE names another one, or somebody deleted this one
-            close()
+        if not path.exists() or (path, path.stat().st_ino) not in _opened:
+            close()  # CHARGE_STORE names another one, or somebody deleted this one
             connection = _open(path)
-            file = (str(path), path.stat().st_ino)
-            _opened[file] = connection
-        _opened[file].execute(f"PRAGMA synchronous = {synchronous}")
-        return [dict(row) for row in _opened[file].execute(statement, values).fetchall()]
+            _opened[path, path.stat().st_ino] = connection
+        [connection] = _opened.values()
+        connection.execute(f"PRAGMA synchronous = {synchronous}")
+        return [dict(row) for row in connection.execute(statement, values).fetchall()]
     finally:
         _turn.release()
 
