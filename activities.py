@@ -229,15 +229,15 @@ def undo(order: Order, kind: str, key: str) -> str:
 
 
 # The activities. Their first sentences are what Temporal's Web UI calls them.
-# Else a cancel would be thrown into the thread, even where logging holds its lock; wait() looks.
+# A cancel is not thrown into the thread, where logging may hold its lock: wait() looks for it.
 in_thread = activity.defn(no_thread_cancel_exception=True)
 
 
 @in_thread
-def receive_order(order: Order) -> None:
+def receive_order(order: Order, first_run: str) -> None:
     """Write the order down, and refuse it if its id is another's."""
     contents, run_id = asdict(order), activity.info().workflow_run_id or ""
-    attempt(order, lambda: store.look_back(contents, run_id), run=run_id, **contents)
+    attempt(order, lambda: store.look_back(contents, run_id, first_run), run=run_id, **contents)
 
 
 @in_thread
@@ -272,11 +272,10 @@ def dispatch_carrier(order: Order) -> dict[str, Any]:
 
 
 @in_thread
-def look_back(order: Order, ours: bool) -> bool:
+def look_back(order: Order, first_run: str) -> bool:
     """Tell whether another run received the order before; refuse it if its id is another's."""
     run_id = activity.info().workflow_run_id or ""
-    # What was received may be older than this code, which may have other defaults.
-    return attempt(order, lambda: store.look_back(asdict(order), run_id, compare=not ours))
+    return attempt(order, lambda: store.look_back(asdict(order), run_id, first_run))
 
 
 @in_thread

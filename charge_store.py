@@ -72,7 +72,7 @@ def perform(
     owner = (order_id, customer_id, amount_cents)
     [row] = execute(  # inserted now or there before: one row either way
         "INSERT INTO effects VALUES (?, ?, ?, ?, ?, ?, 1, ?)"
-        " ON CONFLICT DO UPDATE SET requests = requests + 1 RETURNING *",
+        " ON CONFLICT DO UPDATE SET requests = effects.requests + 1 RETURNING *",
         *(kind, key, *owner, IN_FORCE[kind], time.time()),
     )
     if (row["order_id"], row["customer_id"], row["amount_cents"]) != owner:
@@ -92,9 +92,9 @@ def undo(kind: str, key: str, order_id: str, customer_id: str, amount_cents: int
     effect = (kind, key, order_id, customer_id, amount_cents)
     rows = execute(
         "INSERT INTO effects VALUES (?, ?, ?, ?, ?, 'voided', 0, ?) ON CONFLICT DO UPDATE"
-        " SET status = CASE status WHEN ? THEN ? ELSE status END"
-        " WHERE order_id = excluded.order_id AND customer_id = excluded.customer_id"
-        " AND amount_cents = excluded.amount_cents RETURNING status",
+        " SET status = CASE effects.status WHEN ? THEN ? ELSE effects.status END"
+        " WHERE effects.order_id = excluded.order_id AND effects.customer_id = excluded.customer_id"
+        " AND effects.amount_cents = excluded.amount_cents RETURNING status",
         *(*effect, time.time(), IN_FORCE[kind], UNDONE[kind]),
     )
     return str(rows[0]["status"]) if rows else "not ours"
@@ -131,17 +131,19 @@ def finish(event_id: int, ended: str, seconds: float) -> None:
         execute(statement, ended, round(seconds, 3), event_id, synchronous="NORMAL")
 
 
-def look_back(contents: dict[str, Any], run_id: str, compare: bool = True) -> bool:
+def look_back(contents: dict[str, Any], run_id: str, first_run_id: str) -> bool:
     """Tell whether another run than this one received the order.
 
     Raises OrderConflict if its id was first used for another customer, amount, payment or address.
+    What our own first run received is never another's: since then defaults may have changed.
     """
     received = "SELECT payload_json FROM events WHERE order_id = ? AND type = 'receive_order'"
     rows = execute(f"{received} ORDER BY id", contents["order_id"])
     runs = [json.loads(row["payload_json"]) for row in rows]
     bought = ("customer_id", "amount_cents", "payment_id", "address")
     first = runs[0] if runs else contents
-    if compare and any(first[name] != contents[name] for name in bought):
+    ours = first.get("run") == first_run_id
+    if not ours and any(first[name] != contents[name] for name in bought):
         raise OrderConflict(f"order_id: {contents['order_id']} was used before, for another order")
     return any(run.get("run") != run_id for run in runs)
 
@@ -337,5 +339,5 @@ if __name__ == "__main__":
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # and so does `| head`
     try:
         sys.exit(main())
-    except sqlite3.Error as error:
+    except (sqlite3.Error, OSError) as error:
         sys.exit(f"{printable(store_path())}: {error}; name a writable file in CHARGE_STORE")

@@ -1195,7 +1195,7 @@ async def test_an_order_that_code_with_other_defaults_received_is_like_any_other
     wing = Wing(stage, "older")
     worker = wing.start_worker()
     cancelled = await place(wing, "approve", **SLOW_CHARGE)
-    again = await place(wing, "approve", address="1 Own Road", **SLOW_CHARGE)
+    again = await place(wing, "approve", **SLOW_CHARGE)
     for handle in (cancelled, again):
         await seen(lambda order_id: "charge" in ledger(order_id), handle.id)
     wing.kill_worker(worker)
@@ -1228,6 +1228,9 @@ async def test_an_order_id_that_the_server_forgot_is_the_same_order_or_is_refuse
     ):
         again = await gather(await place(stage, message, order_id=order_id, amount_cents=amount))
         assert (again.ended, again.effects) == (ended, PAID)
+    handle = stage.client.get_workflow_handle("again-1")
+    await reset(stage, handle, forget=False)
+    assert await end_of(handle) == "OrderConflict"
     assert [ledger(order_id, "requests")["charge"] for order_id in ids[:2]] == [2, 1]
     assert trail("again-1", "outcome") == told
 

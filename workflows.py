@@ -105,6 +105,7 @@ class OrderWorkflow:
         self._decision_note = ""
         self._shipping_attempts = 0
         self._undos: list[Activity] = []
+        self._first_run = workflow.info().first_execution_run_id  # also of a run after a reset
         self._seconds_left = self._order.deadline_seconds
         self._story: asyncio.Task[Any] | None = None
         self._halted: BaseException | None = None
@@ -119,7 +120,7 @@ class OrderWorkflow:
         self._story, failure = asyncio.current_task(), None
         try:
             async with self._deadline():
-                await self._do(step.receive_order, "RECEIVING")
+                await self._do(step.receive_order, "RECEIVING", self._first_run)
                 await self._do(step.validate_order, "VALIDATING")
                 await self._do(step.reserve_inventory, "RESERVING", undo=step.release_inventory)
 
@@ -144,12 +145,12 @@ class OrderWorkflow:
 
     # What the story is made of.
 
-    async def _do(self, activity: Activity, state: str, undo: Activity | None = None) -> None:
+    async def _do(self, activity: Activity, state: str, *more: Any, undo: Any = None) -> None:
         """Do a step."""
         self._enter(state)
         if undo:  # The saga pattern: registered first, as a step that "failed" may have happened.
             self._undos.append(undo)
-        await run_activity(activity, self._order.max_attempts, self._order)
+        await run_activity(activity, self._order.max_attempts, self._order, *more)
 
     def _enter(self, state: str) -> None:
         """Go on to the next part of the story, or raise what shall end it."""
@@ -194,12 +195,9 @@ class OrderWorkflow:
         """Wait for a decision; when the window closes the timer approves, a person's is EXPIRED."""
         self._enter("AWAITING_REVIEW")
         if seconds := self._order.review_seconds:
-            closes = workflow.sleep(seconds, summary=f"Review by {self._order.review}")
-            window = asyncio.create_task(closes)
-            try:
-                await workflow.wait_condition(lambda: self._decision is not None or window.done())
-            finally:
-                window.cancel()
+            decided, window = lambda: self._decision is not None, f"Review by {self._order.review}"
+            with suppress(TimeoutError):
+                await workflow.wait_condition(decided, timeout=seconds, timeout_summary=window)
         if self._decision is None and self._order.review == "person":
             return "EXPIRED"
         self._decision = self._decision or "approved"
@@ -255,7 +253,7 @@ class OrderWorkflow:
             try:
                 if not await self._compensate():
                     state, failure, self._last_error = "COMPLETED", None, ""
-            except ActivityError as error:  # look_back's: the id is another order's, which stays
+            except ActivityError as error:  # OrderConflict: the effects are another order's
                 self._show("FAILED")
                 raise error.cause or error from None
         await self._write_notes()
@@ -274,7 +272,7 @@ class OrderWorkflow:
     async def _compensate(self) -> bool:
         """Undo, last first, each until done; return False if the package has left: then nothing."""
         # Before a reset, or before the server forgot it, a run did what this one does not know of.
-        was_before = await run_activity(step.look_back, 0, self._order, bool(self._undos))
+        was_before = await run_activity(step.look_back, 0, self._order, self._first_run)
         undos = step.UNDOS if was_before else self._undos
         # Forbidden first: else another run could, after a reset, ship what is undone here.
         if undos and await run_activity(step.void_dispatch, 0, self._order) == "dispatched":
@@ -364,7 +362,7 @@ class OrderWorkflow:
         self._messages += 1
         if self._messages <= NOTES_KEPT and not self._closed:
             self._notes.append({"type": type_, **payload, "number": self._messages})
-            self._writer = asyncio.create_task(self._write_notes())  # kept: asyncio may drop it
+            asyncio.create_task(self._write_notes())  # noqa: RUF006 (Temporal's loop keeps it)
 
     async def _write_notes(self) -> None:
         """Have what came written down, one activity at a time, many notes in one."""
