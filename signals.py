@@ -502,7 +502,7 @@ async def show_lanes(handle: Handle) -> None:
 # An order's life as lanes: Temporal's, and one for each worker, over time.
 
 LABEL = 15  # columns for a lane's name
-STEPS = [n * unit for unit in (0.001, 0.01, 0.1, 1, 10, 60, 600, 3600) for n in (1, 2, 5)]
+TICKS = [n * unit for unit in (0.001, 0.01, 0.1, 1, 10, 60, 600, 3600) for n in (1, 2, 5)]
 MARKS = {
     "X": "its worker died",
     "x": "failed",
@@ -642,7 +642,7 @@ def time_scale(bars: list[Bar], width: int) -> tuple[list[Bar], dict[float, int]
     shortened = [gap for gap in idle if gap.end - gap.begin > max(12, longest)]
     lengths = [longest if gap in shortened else gap.end - gap.begin for gap in gaps]
     scale = (width - 1) / max(0.001, sum(lengths))
-    step = next((step for step in STEPS if step * scale >= 9), STEPS[-1])
+    step = next((tick for tick in TICKS if tick * scale >= 9), TICKS[-1])
     clock, tick, place, column = "0 s", step, 0.0, {moments[0]: 0}
     for gap, length in zip(gaps, lengths, strict=True):
         begin, end = gap.begin - moments[0], gap.end - moments[0]

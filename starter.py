@@ -6,6 +6,7 @@ does, by the words of README.md (without arguments). `chaos` and `load` place a 
 
 import argparse
 import asyncio
+import copy
 import inspect
 import json
 import os
@@ -61,6 +62,7 @@ from worker import (
     persist,
     private_stage,
     run_script,
+    start_apart,
     temporal_binary,
     web_ui,
 )
@@ -385,8 +387,7 @@ time.sleep({slow})  # the provider's answer is on the way
 def plain_job(stage: Stage, order_id: str, wait: float) -> subprocess.Popen[bytes]:
     """Do an order as a background job without Temporal: all it knows is in its memory."""
     code = JOB.format(order_id=order_id, wait=wait, slow=SLOW_SECONDS)
-    options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "start_new_session": True}
-    job = subprocess.Popen([sys.executable, "-c", code], cwd=HERE, **options)
+    job = start_apart([sys.executable, "-c", code], cwd=HERE)
     stage.workers.append(job)  # it does not outlive the stage
     return job
 
@@ -454,16 +455,13 @@ class Player:
 
     async def play(self, exercise: Exercise) -> str:
         """Play an exercise; return `held`, `not shown: ...` or `NOT HELD: ...`."""
-        self.orders, self.began, self.apart = {}, time.time(), exercise in CONTRASTS
-        if not self.apart:
+        self.orders, self.began = {}, time.time()
+        if exercise not in CONTRASTS:
             return await self.verdict_of(exercise)
-        before = self.stage, self.ours, self.running
-        async with private_stage() as self.stage:
-            self.ours, self.running = True, set()
-            try:
-                return await self.verdict_of(exercise)
-            finally:
-                self.stage, self.ours, self.running = before
+        player = copy.copy(self)
+        async with private_stage() as player.stage:
+            player.ours, player.running, player.apart = True, set(), True
+            return await player.verdict_of(exercise)
 
     async def verdict_of(self, exercise: Exercise) -> str:
         """Play an exercise on the stage as it is."""
@@ -506,7 +504,13 @@ class Player:
                 shutil.copy2(script, self.stage.code)
             self.stage.start_worker()
         # One that was killed a moment ago could be given the next task; it would take 10 s to see.
-        await self.until("a worker is there", self.pollers)
+        await self.until("a worker is there", self.served)
+
+    async def served(self) -> bool:
+        """Tell whether a worker is there; not shown if one of ours cannot start."""
+        started = not self.ours or self.stage.workers[-1].poll() not in (1, 2)
+        self.show(started, f"no worker can start: {self.stage.last_words()}")
+        return bool(await self.pollers())
 
     def tell(self, words: str) -> None:
         """Print what happens, with the seconds since the exercise began."""
@@ -548,7 +552,7 @@ class Player:
                 with suppress(WorkflowAlreadyStartedError):  # by another starter, or long ago
                     return await self.place(order_id=order_id, **fields)
             if order_id == wanted:
-                self.tell(f"{wanted} was charged before and would not be again: a cent more")
+                self.tell(f"{wanted} was asked for before, and would be the same: a cent more")
             # After the most that a charge may be, the least.
             fields["amount_cents"] = fields["amount_cents"] % 100_000_000 + 1
 
@@ -580,7 +584,7 @@ class Player:
 
     async def sees(self, sight: Sight, *given: Any) -> bool:
         """Look, while the server may be dead or about to die."""
-        with suppress(TimeoutError, RPCError):
+        with suppress(OSError, RPCError):  # it takes too long; a file is being saved
             # Not wait_for(): on Python 3.11 it may swallow a Ctrl+C that comes with the answer.
             async with asyncio.timeout(3):
                 seen = sight(*given)

@@ -71,7 +71,19 @@ from activities import (
     parse_order,
 )
 from signals import Bar, Event, Handle, find_bars, lanes, offer, read_events, read_history
-from starter import BUG, CHECKED, EXERCISES, NAMES, NO_KEY, PATCHED, Act, Player, end_of, sections
+from starter import (
+    BUG,
+    CHECKED,
+    EXERCISES,
+    NAMES,
+    NO_KEY,
+    PATCHED,
+    Act,
+    Player,
+    Verdict,
+    end_of,
+    sections,
+)
 from worker import (
     HERE,
     SERVER_FLAGS,
@@ -97,13 +109,22 @@ Done = subprocess.CompletedProcess[str]
 
 
 @pytest.fixture(scope="session", autouse=True)
-def exercises(request: pytest.FixtureRequest) -> Iterator[subprocess.Popen[str] | None]:
-    """Have the machine play all exercises beside the other tests, if that is among them."""
+def exercises(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[subprocess.Popen[str] | None]:
+    """Have the machine play all exercises beside the other tests, if that is among them.
+
+    As on the machine of somebody who has a profile for another server.
+    """
     if not any("sixteen" in item.name for item in request.session.items):
         yield None
         return
     words = [sys.executable, "starter.py", "crash"]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    profile = tmp_path_factory.mktemp("config") / "temporalio" / "temporal.toml"
+    profile.parent.mkdir()
+    profile.write_text('[profile.default]\nnamespace = "elsewhere"\n')
+    pipes["env"] = os.environ | {"XDG_CONFIG_HOME": str(profile.parent.parent)}
     with subprocess.Popen(words, cwd=HERE, **pipes) as process:
         yield process
         process.terminate()
@@ -116,6 +137,7 @@ def stage(request: pytest.FixtureRequest) -> Iterator[Stage]:
         context = private_stage()
         stage = runner.run(context.__aenter__())
         patch.setenv("TEMPORAL_ADDRESS", stage.address)
+        patch.setenv("TEMPORAL_CONFIG_FILE", os.devnull)
         stage.start_worker()
         yield stage
         orders, violations = store.audit()
@@ -1835,7 +1857,7 @@ class Terminal:
         self.text, (self.master, slave) = "", os.openpty()
         ours = ("TEMPORAL_", "CHARGE_STORE")
         kept = {name: v for name, v in os.environ.items() if not name.startswith(ours)}
-        kept |= {"COLUMNS": "80", "LINES": "24"}
+        kept |= {"COLUMNS": "80", "LINES": "24", "TEMPORAL_CONFIG_FILE": os.devnull}
         self.process = subprocess.Popen(
             [sys.executable, "starter.py"],
             cwd=folder,
@@ -1986,6 +2008,19 @@ def test_a_second_worker_that_nobody_thought_of_is_named(stage: Stage) -> None:
     assert int(named) in {worker.pid for worker in wing.workers}
     terminal.play((r"q \[1\]: ", "\x04"))  # Ctrl+D
     assert terminal.close() == 1
+
+
+@side_by_side
+async def test_a_worker_that_cannot_start_says_why_and_is_not_waited_for(stage: Stage) -> None:
+    wing = Wing(stage, "unable")
+    (wing.folder / "worker.py").write_text("print('this is why'); raise SystemExit(2)")
+    wing.start_worker().wait()
+    with pytest.raises(Verdict, match="not shown: no worker can start: this is why"):
+        await Player(wing).served()
+    with pytest.raises(SystemExit, match="this is why"):
+        while True:
+            wing.revive()
+            await asyncio.sleep(0.05)
 
 
 @side_by_side

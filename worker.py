@@ -231,9 +231,9 @@ class Stage:
         self.server = None
 
     def environment(self) -> dict[str, str]:
-        """Have a process talk to this server, whatever our own environment says of another one."""
+        """Have a process talk to this server, whatever our environment or a profile says."""
         kept = {name: v for name, v in os.environ.items() if not name.startswith("TEMPORAL_")}
-        return kept | {"TEMPORAL_ADDRESS": self.address}
+        return kept | {"TEMPORAL_ADDRESS": self.address, "TEMPORAL_CONFIG_FILE": os.devnull}
 
     def start_worker(self, role: str = "all") -> subprocess.Popen[bytes]:
         """Start a worker process, from our scripts or, in `code`, a copy of them."""
@@ -255,10 +255,15 @@ class Stage:
         for worker in [worker for worker in self.workers if worker.poll() is not None]:
             # One that met no server, as it was just being restarted, ended with 1; so does one that
             # can never start, which we do not repeat for ever.
-            self.failed += worker.returncode == 1
+            self.failed += worker.returncode in (1, 2)
             if self.failed > 20:
-                sys.exit(f"workers end with exit code 1: {self.logs or ''}")
+                sys.exit(f"no worker can start: {self.last_words()}")
             self.start_worker()
+
+    def last_words(self) -> str:
+        """Read the last line that our workers wrote."""
+        log = self.logs.read_text(encoding="utf-8", errors="replace") if self.logs else ""
+        return log.strip().rpartition("\n")[2]
 
     async def aclose(self) -> None:
         """Kill all that still runs."""
