@@ -330,8 +330,10 @@ async def late(t: "Player") -> None:
     """A charge or a dispatch that arrives after its order was given up is refused."""
     charging = await t.place(simulate={"charge_payment": "late"})
     shipping = await t.place(simulate={"dispatch_carrier": "late"})
-    for order, step in ((charging, "charge_payment"), (shipping, "dispatch_carrier")):
+    steps = [(charging, "charge_payment"), (shipping, "dispatch_carrier")]
+    for order, step in steps:
         await t.until(f"{step}, 5 s late, is on its way", begun, order, step)
+    for order, step in steps:
         await t.send("cancel", order)
         t.show("ended" not in payloads(order, step)[0], "it arrived before the cancel")
     await t.ends(charging, "CANCELLED", VOIDED, within=6, charge=1)
@@ -449,6 +451,7 @@ class Player:
         self.stage, self.ours = stage, ours
         self.orders: dict[str, dict[str, Any]] = {}  # what the exercise placed, by order id
         self.running: set[str] = set()  # of these, and of earlier ones, what has not ended
+        self.sources: dict[str, str] = {}  # what the exercise edits, as it was at its beginning
         self.began = self.since = time.time()  # the exercise; the last act
         self.apart = False  # in a contrast
         self.screen = Screen()
@@ -498,7 +501,7 @@ class Player:
             if not self.stage.server:
                 await self.stage.start_server()
             assert self.stage.logs
-            self.stage.code = self.stage.logs.with_name("code")
+            self.stage.code, self.sources = self.stage.logs.with_name("code"), {}
             self.stage.code.mkdir(exist_ok=True)
             for script in HERE.glob("*.py"):
                 shutil.copy2(script, self.stage.code)
@@ -552,7 +555,7 @@ class Player:
                 with suppress(WorkflowAlreadyStartedError):  # by another starter, or long ago
                     return await self.place(order_id=order_id, **fields)
             if order_id == wanted:
-                self.tell(f"{wanted} was asked for before, and would be the same: a cent more")
+                self.tell(f"{wanted} was asked for before, and would be the same: some cents more")
             # After the most that a charge may be, the least.
             fields["amount_cents"] = fields["amount_cents"] % 100_000_000 + 1
 
@@ -593,6 +596,8 @@ class Player:
 
     async def over(self) -> bool:
         """Tell whether all orders have ended, so that nothing more can come of them."""
+        if await self.server_is_dead():
+            return False  # which would take 3 s to see otherwise
         for order_id in reversed(self.orders):
             if not await self.sees(self.ended, order_id):
                 return False
@@ -726,9 +731,9 @@ class Player:
         file, text, instead = change
 
         async def do() -> None:
-            source = (HERE / file).read_text(encoding="utf-8")
-            copy = self.stage.code / file
-            copy.write_text(source.replace(text, instead), encoding="utf-8")
+            copied = self.stage.code / file
+            source = self.sources.setdefault(file, copied.read_text(encoding="utf-8"))
+            copied.write_text(source.replace(text, instead), encoding="utf-8")
 
         act = Act(f"changes {file}, in a copy", f"{file} is changed", do)
         act.elsewhere, act.done = f"edit {file} and save it", partial(is_edited, change)
@@ -937,7 +942,8 @@ class Person(Player):
                 await asyncio.wait([wait], timeout=0.2)
                 await self.overhear()
                 if time.monotonic() > patience:
-                    trouble = await self.trouble()
+                    # A server that has just started does not list the workers yet.
+                    trouble = await self.trouble() if time.time() > self.since + 2 else ""
                     self.screen.show(trouble or f"waiting until {words}")
         finally:
             wait.cancel()
