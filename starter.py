@@ -508,12 +508,19 @@ class Player:
             self.stage.start_worker()
         # One that was killed a moment ago could be given the next task; it would take 10 s to see.
         await self.until("a worker is there", self.served)
+        if self.ours:
+            await self.expect_alone(*(worker.pid for worker in self.stage.workers))
 
     async def served(self) -> bool:
         """Tell whether a worker is there; not shown if one of ours cannot start."""
         started = not self.ours or self.stage.workers[-1].poll() not in (1, 2)
         self.show(started, f"no worker can start: {self.stage.last_words()}")
         return bool(await self.pollers())
+
+    async def expect_alone(self, *known: int) -> None:
+        """Look whether any other worker than these serves; then no death would show anything."""
+        others = ", ".join(str(pid) for pid in await self.pollers() if pid not in known)
+        self.show(not others, f"worker {others}, which nobody thought of, serves too: stop it")
 
     def tell(self, words: str) -> None:
         """Print what happens, with the seconds since the exercise began."""
@@ -693,8 +700,7 @@ class Player:
         act.done = partial(self.is_dead, pid)
         await self.do_it(act)
         self.note("killed" if hard else "stopped", worker=pid)
-        others = await self.pollers()
-        self.show(not others, f"worker {others}, which nobody thought of, serves too: stop it")
+        await self.expect_alone()
 
     async def end(self, pid: int, hard: bool) -> None:
         """Kill a process, or stop it as Ctrl+C does, and wait for its end."""

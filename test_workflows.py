@@ -72,6 +72,7 @@ from activities import (
 )
 from signals import Bar, Event, Handle, find_bars, lanes, offer, read_events, read_history
 from starter import (
+    AS_IT_WAS,
     BUG,
     CHECKED,
     EXERCISES,
@@ -1852,6 +1853,19 @@ def test_the_edits_of_the_exercises_are_the_ones_that_the_readme_tells(
     assert within(Counting().sees(is_edited, change)) == (change != NO_KEY)
     for line in set(instead.splitlines()) - set(text.splitlines()):
         assert line.strip() in README, line
+
+
+def test_an_edit_by_enter_is_of_the_copy_whatever_a_person_did_to_the_file_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    player, copy = Player(Stage(HERE, 0)), tmp_path / "workflows.py"
+    shutil.copy(HERE / "workflows.py", copy)
+    original = copy.read_text(encoding="utf-8")
+    player.stage.code = tmp_path
+    monkeypatch.setattr("starter.HERE", changed_copy(tmp_path / "own", *BUG))
+    for change, text in (BUG, original.replace(BUG[1], BUG[2])), (AS_IT_WAS, original):
+        within(player.edit(change))
+        assert copy.read_text(encoding="utf-8") == text
 
 
 class Terminal:
