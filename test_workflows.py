@@ -738,10 +738,11 @@ def test_a_fault_that_passes_changes_nothing(name: str, played: dict[str, Any]) 
 async def test_what_must_be_done_is_tried_without_end_whatever_max_attempts_says(
     stage: Stage,
 ) -> None:
-    async def state_in(step: str) -> str:
+    async def state_in(step: str, awaited: str) -> str:
         faults = {step: "down"} | (GIVEN_UP if step in UNDO_STEPS else {})
         handle = await place(stage, "approve", max_attempts=3, simulate=faults)
         await seen(lambda: store.count(handle.id, step) > 5)
+        await reach(handle, awaited)
         state = str((await status_of(handle))["state"])
         await handle.terminate()
         return state
@@ -749,7 +750,8 @@ async def test_what_must_be_done_is_tried_without_end_whatever_max_attempts_says
     states = dict.fromkeys(UNDO_STEPS, "COMPENSATING")
     # All is done, only the last words are not written yet.
     states |= dict.fromkeys(("record_decision", "record_outcome"), "SHIPPING")
-    assert await asyncio.gather(*map(state_in, states)) == list(states.values())
+    found = await asyncio.gather(*(state_in(*one) for one in states.items()))
+    assert found == list(states.values())
 
 
 def test_each_run_of_an_order_writes_its_outcome_and_the_last_one_counts(
