@@ -328,16 +328,16 @@ async def reset(t: "Player") -> None:
 
 async def late(t: "Player") -> None:
     """A charge or a dispatch that arrives after its order was given up is refused."""
-    charging = await t.place(simulate={"charge_payment": "late"})
-    shipping = await t.place(simulate={"dispatch_carrier": "late"})
-    steps = [(charging, "charge_payment"), (shipping, "dispatch_carrier")]
-    for order, step in steps:
-        await t.until(f"{step}, 5 s late, is on its way", begun, order, step)
-    for order, step in steps:
+    orders = []
+    for step in ("dispatch_carrier", "charge_payment"):  # the one that takes longer to come to it
+        orders.append((await t.place(simulate={step: "late"}), step))
+        await t.until(f"{step}, 5 s late, is on its way", begun, *orders[-1])
+    for order, step in orders:
         await t.send("cancel", order)
         t.show("ended" not in payloads(order, step)[0], "it arrived before the cancel")
-    await t.ends(charging, "CANCELLED", VOIDED, within=6, charge=1)
+    (shipping, _), (charging, _) = orders
     await t.ends(shipping, "CANCELLED", REFUNDED, within=6, dispatch=1)
+    await t.ends(charging, "CANCELLED", VOIDED, within=6, charge=1)
 
 
 async def points(t: "Player") -> None:
