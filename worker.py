@@ -19,6 +19,7 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -144,7 +145,9 @@ async def connect() -> Client:
         return await asyncio.wait_for(Client.connect(**config), 4)
     except (RuntimeError, ValueError, TimeoutError) as error:
         address = config["target_host"]
-        why = "" if address == DEFAULT_ADDRESS else f" ({error or 'no answer'})"
+        # That nobody listens we say ourselves.
+        plain = address == DEFAULT_ADDRESS or "tcp connect error" in str(error)
+        why = "" if plain else f" ({str(error) or 'no answer'})"
         start = f"to start one at {DEFAULT_ADDRESS}, elsewhere: {command('worker.py')} server"
         sys.exit(f"no Temporal server answers at {address}{why}; {start}")
 
@@ -220,8 +223,8 @@ class Stage:
                     return
                 await asyncio.sleep(0.02)
             errors.seek(0)
-            why = errors.read().decode(errors="replace")
-        sys.exit(f"cannot start a Temporal server: {' '.join(why.split())}")
+            why = errors.read().decode(errors="replace").partition("\n")[0]
+        sys.exit(f"cannot start a Temporal server: {why}")
 
     async def kill_server(self) -> None:
         """Kill the server at once, as kill -9 does."""
@@ -274,7 +277,10 @@ class Stage:
 
 def start_apart(words: list[str], **options: Any) -> subprocess.Popen[bytes]:
     """Start a process that Ctrl+C in our terminal does not reach, but on Windows: we end it."""
-    return subprocess.Popen(words, stdin=subprocess.DEVNULL, start_new_session=True, **options)
+    process = subprocess.Popen(words, stdin=subprocess.DEVNULL, start_new_session=True, **options)
+    # Buried when it dies: as a zombie it would look alive, to another starter too.
+    threading.Thread(target=process.wait, daemon=True).start()
+    return process
 
 
 def temporal_binary() -> str:
