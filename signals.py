@@ -564,6 +564,7 @@ def ledger_bars(rows: list[dict[str, Any]], seen: list[Bar], until: float, now: 
     last_seen = dict(sorted(alive))
     deaths = [row for row in notes if row["type"] in DEATHS]
     bars = [Bar(row["lane"], row["ts"], row["ts"], DEATHS[row["type"]]) for row in deaths]
+    longest = START_TO_CLOSE.total_seconds()
     died = {bar.lane: (bar.end, bar.mark) for bar in bars}
     server = [(row["ts"], row["state"]) for row in notes if row["type"] == "server"]
     for (at, state), (back, _) in itertools.pairwise([*server, (until, "")]):
@@ -582,10 +583,11 @@ def ledger_bars(rows: list[dict[str, Any]], seen: list[Bar], until: float, now: 
             mark = "/" if ended.startswith("CancelledError") else "x"
         elif lane in died:
             end, mark = died[lane]
-        elif not again and (until == now or now - begin < START_TO_CLOSE.total_seconds()):
+        elif not again and (until == now or now - begin < longest):
             end, mark = now, ">"
         else:  # nobody saw the end, but another attempt comes after a heartbeat's silence
-            end, mark = max(begin, again - HEARTBEAT.total_seconds()), "X" if gone else "x"
+            died_before = min(again - HEARTBEAT.total_seconds(), begin + longest)
+            end, mark = max(begin, died_before), "X" if gone else "x"
         bars.append(Bar(lane, begin, end, mark, row["type"].partition("_")[0]))
     return bars
 
