@@ -79,7 +79,9 @@ from starter import (
     NAMES,
     NO_KEY,
     PATCHED,
+    QUEUES,
     Act,
+    Person,
     Player,
     Verdict,
     end_of,
@@ -99,7 +101,6 @@ from worker import (
 from workflows import ORDERS_QUEUE, SHIPPING_QUEUE, OrderWorkflow
 
 SCRIPTS = ("charge_store.py", "worker.py", "starter.py", "signals.py")
-QUEUES = (ORDERS_QUEUE, SHIPPING_QUEUE)
 LONG = 60  # seconds after which a wait has failed; far above what anything here takes
 PAID = {"charge": "charged", "reservation": "reserved", "dispatch": "dispatched"}
 UNPAID = {"reservation": "released", "dispatch": "voided"}
@@ -231,10 +232,6 @@ def begun(stage: Stage, request: pytest.FixtureRequest) -> dict[str, Future[Any]
     for works in (SIDE_BY_SIDE, BY_HAND):
         with ThreadPoolExecutor(AT_ONCE) as pool:
             results |= {n: pool.submit(do, work) for n, work in works.items() if n in needed}
-            while not all(result.done() for result in results.values()):
-                for worker in list(stage.workers):
-                    worker.poll()  # a shell would bury its dead too
-                time.sleep(0.05)
     return results
 
 
@@ -1416,7 +1413,7 @@ def test_each_command_has_help(line: str) -> None:
 
 def test_without_a_server_the_command_that_starts_one_is_named() -> None:
     for line in ("starter.py order", "signals.py approve o"):
-        answers(here(*line.split(), TEMPORAL_ADDRESS=NOWHERE), 1, "worker.py server")
+        answers(here(*line.split(), TEMPORAL_ADDRESS=NOWHERE), 1, f"at {NOWHERE}; to start one")
 
 
 def test_an_order_that_nobody_knows_is_named_with_the_command_that_lists_them(
@@ -1799,8 +1796,9 @@ class Counting(Player):
         self.acts, self.seconds = 0, set[float]()
         self.orders = {"": {"wait_seconds": 1}}
 
-    async def do_it(self, act: Act) -> None:
+    async def do_it(self, act: Act) -> str:
         self.acts += 1
+        return "too late, the order is SHIPPING"
 
     async def place(self, *_: Any, **__: Any) -> str:
         return ""
@@ -1811,7 +1809,7 @@ class Counting(Player):
     async def timer_of(self, order_id: str) -> list[float]:
         return [0.0, 0.0]
 
-    async def pollers(self) -> list[int]:
+    async def pollers(self, *_: Any) -> list[int]:
         return []
 
     async def wait(self, *_: Any) -> None:
@@ -1820,7 +1818,7 @@ class Counting(Player):
     def accept(self, *_: Any, **__: Any) -> None:
         pass
 
-    check = show = tell = note = accept
+    check = show = tell = note = expect_known = accept
 
 
 @pytest.mark.parametrize("number", range(len(EXERCISES)))
@@ -1839,6 +1837,51 @@ def test_each_exercise_has_its_words_and_a_part_to_do_for_each_thing_to_be_done(
     told = re.findall(rf"^\| {number} \|.*?\|.*?\|(.*?)\|", README, re.MULTILINE)[0]
     for seconds in player.seconds - {0}:
         assert re.search(rf"(?<!\.)\b{seconds:g}\b(?!\.)", told), seconds
+
+
+@pytest.mark.parametrize(
+    ("name", "seen", "verdict"),
+    [
+        ("charge", [{}], "did not end by Ctrl.C"),
+        ("charge", [{"ended": "CancelledError: told to stop"}], "did not end by kill -9"),
+        ("address", [{"address": "5 Wrong Road"}], "was changed to"),
+        ("server", [{"worker": 1}, {"worker": 2}], "restarted too"),
+        ("late", [{"ended": "ok"}], "arrived before the cancel"),
+    ],
+)
+def test_what_was_done_otherwise_than_asked_for_does_not_hold(
+    name: str, seen: list[dict[str, Any]], verdict: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("starter.payloads", lambda *_: seen)
+    monkeypatch.setattr(Counting, "show", Player.show)
+    monkeypatch.setattr(Counting, "kill", Counting.wait)
+    with pytest.raises(Verdict, match=f"not shown: .*{verdict}"):
+        within(EXERCISES[NAMES.index(name)](Counting()))
+
+
+def test_a_worker_that_serves_one_queue_is_none_for_the_other() -> None:
+    class Half(Counting):
+        async def pollers(self, *queues: str) -> list[int]:
+            return [] if SHIPPING_QUEUE in queues else [1]
+
+        async def server_is_dead(self) -> bool:
+            return False
+
+    player: Any = Half()
+    player.ours, player.orders = False, {}
+    for role, serves in ("orders", True), ("shipping", False), ("all", False):
+        assert within(player.newcomer(role, set())) is serves
+    told = within(Person.trouble(player))
+    assert re.match(f"no worker serves {SHIPPING_QUEUE}; start it: .*worker.py shipping", told)
+
+
+@side_by_side
+async def test_another_servers_file_or_another_ledger_is_named(stage: Stage) -> None:
+    player = Player(stage)
+    with pytest.raises(Verdict, match="not shown: the server does not know nobody"):
+        await player.sees(player.ended, "nobody")
+    with pytest.raises(Verdict, match=r"not shown: .*charge_store\.db does not know it"):
+        player.expect_known("nobody")
 
 
 @pytest.mark.parametrize(
@@ -2047,7 +2090,8 @@ async def test_a_worker_that_cannot_start_says_why_and_is_not_waited_for(stage: 
 @side_by_side
 def test_a_line_that_an_exercise_left_in_workflows_is_named(stage: Stage) -> None:
     edited = changed_copy(stage.folder / "edited", *BUG)
-    for code, is_named in ((edited, True), (HERE, False)):
+    shorter = changed_copy(stage.folder / "shorter", *BUG[:2], "")
+    for code, is_named in ((edited, True), (shorter, True), (HERE, False)):
         done = run("starter.py", code=code)
         assert (done.returncode, done.stderr) == (0, "")
         assert ("still has a line of exercise 9 or 11" in done.stdout) == is_named
