@@ -681,7 +681,7 @@ def late_ends(scenario: Scenario, outcome: Outcome) -> list[tuple[str, dict[str,
     ]
     over = [end for step, end in done if faults.get(step) in ("slow", "late")]
     undone = [end for step, end in done if step in UNDO_STEPS and step != "look_back"]
-    if scenario.effects in STAGES and any(max([outcome.told, *undone[:1]]) > end for end in over):
+    if scenario.effects in STAGES and any(max([outcome.told, *undone]) > end for end in over):
         # The last message was sent, or acted on, after such a step: the order was further by then.
         further = STAGES[STAGES.index(scenario.effects) :]
         return [("COMPLETED", PAID), *((scenario.ends, left) for left in further)]
