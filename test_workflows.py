@@ -13,6 +13,7 @@ import itertools
 import json
 import os
 import re
+import runpy
 import select
 import shlex
 import shutil
@@ -29,9 +30,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, nullcontext, redirect_stderr, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime, timedelta
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
-from types import CodeType
 from typing import Any
 
 import pytest
@@ -172,17 +172,11 @@ def here(script: str, *words: str, **environment: str) -> Done:
         for name, value in environment.items():
             patch.setenv(name, value)
         with pytest.raises(SystemExit) as end:
-            exec(compiled(script), {"__name__": "__main__", "__file__": str(HERE / script)})
+            runpy.run_path(str(HERE / script), run_name="__main__")
     code = end.value.code
     if isinstance(code, str):
         return Done(words, 1, out.getvalue(), f"{err.getvalue()}{code}\n")
     return Done(words, int(code or 0), out.getvalue(), err.getvalue())
-
-
-@cache
-def compiled(script: str) -> CodeType:
-    """Compile a script once: it takes longer than most of what is asked of it here."""
-    return compile((HERE / script).read_text(encoding="utf-8"), script, "exec")
 
 
 def answers(done: Done, code: int, says: str) -> None:
