@@ -466,6 +466,12 @@ for state, left, order, fault in CANCELS:
     for way in ("cancel", "CANCEL"):
         sends = [*(YES if fault else []), (state, way, "stop")]
         SCENARIOS[f"{way} while {state} {fault}"] = Scenario("CANCELLED", left, order, sends)
+# An order that is reset while it is undone is not taken up again: or it would be charged and sent,
+# and then the refund of the run before would land.
+for task in (0, 3):  # its start, its review
+    faults = simulate(charge_payment="slow", refund_payment="late")
+    sends = [*YES, ("CHARGING", "cancel"), ("refund_payment", "RESET", task)]
+    SCENARIOS[f"reset to {task} while undone"] = Scenario("OrderGivenUp", REFUNDED, faults, sends)
 # An outage of a step, and what is left when its attempts are used up.
 OUTAGES: dict[str, dict[str, str]] = {
     "receive_order": {},
@@ -1173,25 +1179,6 @@ async def test_a_second_order_on_one_payment_id_leaves_the_first_its_charge(stag
     ]
     assert (first.ended, second.ended) == ("COMPLETED", "PaymentConflict")
     assert second.effects == UNPAID and ledger(first.status["order_id"]) == PAID
-
-
-@side_by_side
-async def test_an_order_that_is_reset_while_it_is_undone_is_not_taken_up_again(
-    stage: Stage,
-) -> None:
-    """Or it would be charged and sent, and then the refund of the run before would land."""
-
-    async def reset_to(task: int) -> Outcome:
-        faults = simulate(charge_payment="slow", refund_payment="late")
-        handle = await place(stage, "approve", **faults)
-        await reach(handle, "CHARGING")
-        await handle.signal("cancel")
-        await reach(handle, "refund_payment")
-        await reset(stage, handle, task, forget=True)
-        return await gather(handle)
-
-    for outcome in await asyncio.gather(reset_to(0), reset_to(3)):  # its start, its review
-        check(Scenario("OrderGivenUp", REFUNDED), outcome)
 
 
 @side_by_side
