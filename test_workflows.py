@@ -413,12 +413,6 @@ SCENARIOS: dict[str, Scenario] = {
     ),
     # A reset begins another run, which knows nothing of what the one before did. Once the package
     # has left the order is complete, whatever is asked of it then.
-    "reset, and cancelled in its charge": Scenario(
-        "COMPLETED",
-        PAID,
-        SLOW_CHARGE,
-        [*APPROVED, ("COMPLETED", "RESET WITH SIGNALS"), ("CHARGING", "cancel")],
-    ),
     "expired, and reset at its very end": Scenario(
         "EXPIRED", UNPAID, {"review_seconds": 0.5}, [("EXPIRED", "RESET", -1)]
     ),
