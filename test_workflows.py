@@ -374,12 +374,6 @@ SCENARIOS: dict[str, Scenario] = {
     "cancelled both ways at once": Scenario(
         "CANCELLED", REFUNDED, SLOW_CHARGE, [*YES, ("CHARGING", "cancel", "one"), ("NOW", "CANCEL")]
     ),
-    "cancelled before a late dispatch": Scenario(
-        "CANCELLED",
-        REFUNDED,
-        simulate(dispatch_carrier="late"),
-        [*YES, ("dispatch_carrier", "cancel", "in time")],
-    ),
     "cancelled after dispatch": Scenario(
         "COMPLETED",
         PAID,
