@@ -36,17 +36,9 @@ from typing import Any
 
 import pytest
 from temporalio.api.common.v1 import Payload, WorkflowExecution
-from temporalio.api.enums.v1 import (
-    EventType,
-    ResetReapplyExcludeType,
-    TimeoutType,
-    WorkflowTaskFailedCause,
-)
+from temporalio.api.enums import v1 as enums
 from temporalio.api.history.v1 import HistoryEvent
-from temporalio.api.workflowservice.v1 import (
-    DeleteWorkflowExecutionRequest,
-    ResetWorkflowExecutionRequest,
-)
+from temporalio.api.workflowservice import v1 as requests
 from temporalio.client import (
     WithStartWorkflowOperation,
     WorkflowFailureError,
@@ -408,20 +400,13 @@ SCENARIOS: dict[str, Scenario] = {
         "EXPIRED", UNPAID, {"review_seconds": 0.5}, [("EXPIRED", "RESET", -1)]
     ),
     "expired, and reset to when it was": Scenario(
-        "EXPIRED",
-        VOIDED,
-        {"review_seconds": 0.5},
-        [("EXPIRED", "RESET", -5)],
+        "EXPIRED", VOIDED, {"review_seconds": 0.5}, [("EXPIRED", "RESET", -5)]
     ),
     "cancelled, reset to its review and approved": Scenario(
         "OrderGivenUp",
         REFUNDED,
         {},
-        [
-            ("AWAITING_REVIEW", "cancel"),
-            ("CANCELLED", "RESET", 3),
-            ("AWAITING_REVIEW", "approve"),
-        ],
+        [("AWAITING_REVIEW", "cancel"), ("CANCELLED", "RESET", 3), *APPROVED],
     ),
     "reset past its deadline": Scenario(
         "COMPLETED", PAID, {"deadline_seconds": 20}, [*APPROVED, (20, "RESET WITH SIGNALS", 1)]
@@ -520,8 +505,8 @@ async def reset(stage: Stage, handle: Handle, task: int = 0, *, forget: bool) ->
     """Reset an order to its first workflow task, or a later one, and forget its signals or not."""
     history = await handle.fetch_history()
     tasks = [e for e in history.events if e.HasField("workflow_task_completed_event_attributes")]
-    left_out = [ResetReapplyExcludeType.RESET_REAPPLY_EXCLUDE_TYPE_SIGNAL]
-    request = ResetWorkflowExecutionRequest(
+    left_out = [enums.ResetReapplyExcludeType.RESET_REAPPLY_EXCLUDE_TYPE_SIGNAL]
+    request = requests.ResetWorkflowExecutionRequest(
         namespace=stage.client.namespace,
         workflow_execution=WorkflowExecution(workflow_id=handle.id),
         reason="to see what comes of it",
@@ -1215,7 +1200,7 @@ async def test_an_order_id_that_the_server_forgot_is_the_same_order_or_is_refuse
 
 async def forget(stage: Stage, order_id: str) -> None:
     """Have the server forget a workflow, as when its retention is over; it takes half a minute."""
-    request = DeleteWorkflowExecutionRequest(
+    request = requests.DeleteWorkflowExecutionRequest(
         namespace=stage.client.namespace, workflow_execution=WorkflowExecution(workflow_id=order_id)
     )
     await stage.client.workflow_service.delete_workflow_execution(request)
@@ -1306,7 +1291,7 @@ async def test_after_a_death_in_the_review_nobody_waits_for_temporals_10_s(stage
         event.at - events[event.begun - 1].at
         for event in events
         if event.kind == "WORKFLOW_TASK_TIMED_OUT"
-        and event.a.timeout_type == TimeoutType.TIMEOUT_TYPE_SCHEDULE_TO_START
+        and event.a.timeout_type == enums.TimeoutType.TIMEOUT_TYPE_SCHEDULE_TO_START
     ]
     # By the server's own clock: so long did the task wait for the dead worker.
     assert waits and max(waits) < 5
@@ -2209,9 +2194,9 @@ def test_a_long_time_in_which_nothing_is_done_is_shortened_and_told(waits: list[
 def test_a_task_that_a_message_overtook_is_no_failure_of_the_code(
     cause: str, marks: list[str]
 ) -> None:
-    event = HistoryEvent(event_type=EventType.EVENT_TYPE_WORKFLOW_TASK_FAILED)
+    event = HistoryEvent(event_type=enums.EventType.EVENT_TYPE_WORKFLOW_TASK_FAILED)
     failed = event.workflow_task_failed_event_attributes
-    failed.cause = WorkflowTaskFailedCause.Value(f"WORKFLOW_TASK_FAILED_CAUSE_{cause}")
+    failed.cause = enums.WorkflowTaskFailedCause.Value(f"WORKFLOW_TASK_FAILED_CAUSE_{cause}")
     failed.identity = "1@here"
     assert [bar.mark for bar in find_bars(read_events([event]), [], 0)] == marks
 
