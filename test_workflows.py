@@ -118,8 +118,15 @@ def exercises(
 
 @pytest.fixture(scope="session")
 def stage(request: pytest.FixtureRequest) -> Iterator[Stage]:
-    """Set a stage with a server, a worker and a ledger; at the end the audit must be clean."""
+    """Set a stage with a server, a worker and a ledger; at the end the audit must be clean.
+
+    The server is the one of docker-compose.yml, with a second namespace.
+    """
+    ours = Stage.server_command
     with asyncio.Runner() as runner, pytest.MonkeyPatch.context() as patch:
+        more = ["--ip", "127.0.0.1", "--namespace", "other"]
+        composed = [temporal_binary(), *composed_arguments()]
+        patch.setattr(Stage, "server_command", lambda stage: [*composed, *ours(stage)[3:], *more])
         context = private_stage()
         stage = runner.run(context.__aenter__())
         patch.setenv("TEMPORAL_ADDRESS", stage.address)
@@ -243,15 +250,15 @@ class Wing(Stage):
         new, old = (", ".join(f'"{q}"' for q in queues) for queues in (self.queues, QUEUES))
         changed_copy(self.folder, "workflows.py", old, new)
         self.code, self.store = self.folder, self.folder / "charge_store.db"
-        self.ledger = {"CHARGE_STORE": str(self.store)} if own_ledger else {}
+        self.variables = {"CHARGE_STORE": str(self.store)} if own_ledger else {}
 
     def environment(self) -> dict[str, str]:
-        """Have a process use this ledger too."""
-        return super().environment() | self.ledger
+        """Have a process use this wing's variables too."""
+        return super().environment() | self.variables
 
     def run(self, script: str, *words: str) -> Done:
         """Run a command of this wing."""
-        return run(script, *words, code=self.folder, **self.ledger)
+        return run(script, *words, code=self.folder, **self.variables)
 
     def start_worker(self, role: str = "all") -> subprocess.Popen[bytes]:
         """Start a worker that serves this wing alone and dies with the stage."""
@@ -1611,7 +1618,6 @@ def test_the_server_command_is_the_server_and_keeps_its_data(stage: Stage) -> No
 
 # The README: what it names exists, what it tells to type is understood.
 
-TEMPORAL = str(temporal_binary())
 README = (HERE / "README.md").read_text(encoding="utf-8")
 BASH = [
     line.strip()
@@ -1642,13 +1648,14 @@ def test_each_command_in_the_readme_is_understood(
 def test_each_flag_of_temporals_own_command_in_the_readme_exists(line: str) -> None:
     words = shlex.split(line)
     verbs = list(itertools.takewhile(lambda word: not word.startswith("-"), words[1:]))
-    told = subprocess.run([TEMPORAL, *verbs, "--help"], capture_output=True, text=True, timeout=30)
+    helped = [temporal_binary(), *verbs, "--help"]
+    told = subprocess.run(helped, capture_output=True, text=True, timeout=LONG)
     assert told.returncode == 0
     for word in words:
         assert not word.startswith("--") or word.partition("=")[0] in told.stdout, word
 
 
-# The server of docker-compose.yml, with the binary from pip: namespaces, HTTP, the same flags.
+# The server of docker-compose.yml, which the stage runs too: namespaces, HTTP, the same flags.
 
 
 def composed_arguments() -> list[str]:
@@ -1657,42 +1664,24 @@ def composed_arguments() -> list[str]:
     return re.findall(r"^      - (\S+)", text.split("command:")[1].split("ports:")[0], re.MULTILINE)
 
 
-@pytest.fixture(scope="session")
-def composed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
-    """Run that server on a port of its own, and a worker in another namespace."""
-    stage = Stage(tmp_path_factory.mktemp("composed"), free_port())
-    words = [TEMPORAL, *composed_arguments(), *stage.server_command()[3:]]
-    words += ["--ip", "127.0.0.1", "--namespace", "other"]
-    with asyncio.Runner() as runner, pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CHARGE_STORE", str(stage.folder / "charge_store.db"))
-        there = stage.environment() | {"TEMPORAL_NAMESPACE": "other"}
-        patch.setattr(stage, "environment", lambda: there)
-        patch.setattr(stage, "server_command", lambda: words)
-        runner.run(stage.start_server())
-        stage.start_worker()
-        yield stage
-        runner.run(stage.aclose())
-        assert store.audit()[1] == []
-
-
 def test_docker_compose_starts_the_server_with_the_flags_of_the_scripts() -> None:
     flags = [f"{f}={v}" for f, v in zip(SERVER_FLAGS[::2], SERVER_FLAGS[1::2], strict=True)]
     assert [word for word in composed_arguments() if word in flags] == flags
 
 
-def test_the_environment_alone_moves_everything_to_another_namespace(composed: Stage) -> None:
-    there = {"TEMPORAL_ADDRESS": composed.address, "TEMPORAL_NAMESPACE": "other"}
-    answers(starter("order", "elsewhere", *QUICK, **there), 0, "elsewhere COMPLETED")
-    answers(signals("status", "elsewhere", **there), 0, "COMPLETED")
-    there["TEMPORAL_NAMESPACE"] = "default"
-    answers(signals("status", "elsewhere", **there), 1, "unknown order")
+def test_the_environment_alone_moves_everything_to_another_namespace(stage: Stage) -> None:
+    wing = Wing(stage, "elsewhere")
+    wing.variables["TEMPORAL_NAMESPACE"] = "other"
+    wing.start_worker()
+    answers(wing.run("starter.py", "order", "elsewhere", *QUICK), 0, "elsewhere COMPLETED")
+    answers(wing.run("signals.py", "status", "elsewhere"), 0, "COMPLETED")
+    answers(signals("status", "elsewhere"), 1, "unknown order")
 
 
-def test_the_readmes_curl_commands_take_an_order_to_its_end(composed: Stage) -> None:
+def test_the_readmes_curl_commands_take_an_order_to_its_end(stage: Stage) -> None:
     section = README.split("\n## The same with `curl`\n")[1].split("\n## ")[0]
     script = "\necho\n".join(re.findall(r"```bash\n(.*?)```", section, re.DOTALL))
-    script = script.replace("localhost:7243", f"127.0.0.1:{composed.port + 10}")
-    script = script.replace("namespaces/default", "namespaces/other")
+    script = script.replace("localhost:7243", f"127.0.0.1:{stage.port + 10}")
     done = subprocess.run(["bash", "-ec", script], capture_output=True, text=True, timeout=LONG)
     assert done.returncode == 0, done
     answers = done.stdout.replace(" ", "")
