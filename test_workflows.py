@@ -1350,9 +1350,7 @@ def test_without_a_server_the_command_that_starts_one_is_named() -> None:
         answers(here(*line.split(), TEMPORAL_ADDRESS=NOWHERE), 1, f"at {NOWHERE}; to start one")
 
 
-def test_an_order_that_nobody_knows_is_named_with_the_command_that_lists_them(
-    stage: Stage,
-) -> None:
+def test_an_order_that_nobody_knows_is_named_with_the_command_that_lists_them(stage: Stage) -> None:
     for verb in ("approve", "reject", "cancel", "status", "watch", "history", "events"):
         answers(signals(verb, "nobody"), 1, "see:")
     answers(signals("update-address", "nobody", "3"), 1, "see:")
@@ -1465,28 +1463,23 @@ def test_an_order_is_picked_by_number_or_id_and_by_enter_if_it_is_the_only_one(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    class Server:
-        def get_workflow_handle(self, order_id: str) -> str:
-            return order_id
-
-        async def list_workflows(self, *_: Any, **__: Any) -> AsyncIterator[argparse.Namespace]:
-            for order_id in states:
-                yield argparse.Namespace(id=order_id)
-
-    class Keys:
-        async def ask(self, question: str) -> str:
-            assert ("[1]" in question) == (list(states.values()).count("AWAITING_REVIEW") == 1)
-            if not typed:
-                raise EOFError
-            return typed.pop(0)
+    async def running(*_: Any, **__: Any) -> AsyncIterator[argparse.Namespace]:
+        for order_id in states:
+            yield argparse.Namespace(id=order_id)
 
     async def ask(order_id: str) -> tuple[dict[str, str], str]:
         return {"state": states[order_id]}, states[order_id]
 
-    client: Any = Server()
+    async def type_(question: str) -> str:
+        assert ("[1]" in question) == (list(states.values()).count("AWAITING_REVIEW") == 1)
+        if not typed:
+            raise EOFError
+        return typed.pop(0)
+
+    client: Any = argparse.Namespace(list_workflows=running, get_workflow_handle=str)
     store.perform("reservation", "a", "a", "c", 1234)
     monkeypatch.setattr("signals.ask", ask)
-    monkeypatch.setattr("signals.Keyboard", Keys)
+    monkeypatch.setattr("signals.Keyboard", lambda: argparse.Namespace(ask=type_))
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
     with nullcontext() if picks else pytest.raises(SystemExit):
         assert asyncio.run(offer(client, "approve")) == picks
