@@ -145,10 +145,7 @@ def run(script: str, *words: str, code: Path = HERE, **environment: str) -> Done
     arguments = [sys.executable, str(code / script), *words]
     pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True}
     pipes |= {"cwd": code, "env": os.environ | environment, "errors": "replace"}
-    try:
-        return subprocess.run(arguments, timeout=LONG, **pipes)
-    except subprocess.TimeoutExpired:
-        return Done(arguments, 124, "", f"no end after {LONG} s")
+    return subprocess.run(arguments, timeout=LONG, **pipes)
 
 
 def here(script: str, *words: str, **environment: str) -> Done:
