@@ -772,15 +772,11 @@ def test_each_history_replays_and_each_prefix_of_some(
         for i, event in enumerate(history.events, 1):
             if event.HasField("workflow_task_completed_event_attributes"):
                 histories.append(WorkflowHistory(history.workflow_id, history.events[:i]))
-
-    async def each() -> AsyncIterator[WorkflowHistory]:
-        for history in histories:
-            yield history
-
     # Not in a sandbox, which takes most of the time and has no say in what a replay finds.
     runner = UnsandboxedWorkflowRunner()
     replayer = Replayer(workflows=[OrderWorkflow], workflow_runner=runner)
-    within(replayer.replay_workflows(each()))
+    for history in histories:
+        within(replayer.replay_workflow(history))
 
 
 @side_by_side
@@ -1112,10 +1108,9 @@ async def test_attempts_and_decisions_leave_rows_and_the_outcome_is_last(stage: 
     for event in read_events(outcome.history.events):
         if event.kind == "ACTIVITY_TASK_STARTED":
             begun.update((event.name, n + 1) for n in range(event.a.attempt))
-    attempts = [row for row in outcome.events if row["attempt"]]
-    assert all(row["seconds"] >= 0 for row in attempts if row["type"] != "prepare_package")
-    kept = [(row["type"], row["attempt"]) for row in attempts if row["type"] != "prepare_package"]
-    assert Counter(kept) == begun
+    attempts = [r for r in outcome.events if r["attempt"] and r["type"] != "prepare_package"]
+    assert all(row["seconds"] >= 0 for row in attempts)
+    assert Counter((row["type"], row["attempt"]) for row in attempts) == begun
     assert begun["charge_payment", 3] == begun["refund_payment", 1] == 1
     charges = [row["ended"].split(":")[0] for row in trail(handle.id, "charge_payment")]
     assert charges == ["ConnectionError", "ConnectionError", "ok"]
