@@ -83,7 +83,6 @@ from worker import (
 )
 from workflows import ORDERS_QUEUE, SHIPPING_QUEUE, OrderWorkflow
 
-SCRIPTS = ("charge_store.py", "worker.py", "starter.py", "signals.py")
 LONG = 60  # seconds after which a wait has failed; far above what anything here takes
 PAID = {"charge": "charged", "reservation": "reserved", "dispatch": "dispatched"}
 UNPAID = {"reservation": "released", "dispatch": "voided"}
@@ -211,12 +210,10 @@ def begun(stage: Stage, request: pytest.FixtureRequest) -> dict[str, Future[Any]
     needed = {name for item in items for name in (item.name, *item.fixturenames)}
     results: dict[str, Future[Any]] = {}
     for works in (SIDE_BY_SIDE, BY_HAND):
-        with ThreadPoolExecutor(AT_ONCE) as pool:
+        # With fewer at once two cores would idle, with more orders would be late for slow steps.
+        with ThreadPoolExecutor(5) as pool:
             results |= {n: pool.submit(do, work) for n, work in works.items() if n in needed}
     return results
-
-
-AT_ONCE = 5  # with fewer two cores would idle, with more orders would be late for slow steps
 
 
 def within(work: Any, seconds: float = LONG) -> Any:
@@ -438,14 +435,13 @@ for task in (0, 3):  # its start, its review
     sends = [*YES, ("CHARGING", "cancel"), ("refund_payment", "RESET", task)]
     SCENARIOS[f"reset to {task} while undone"] = Scenario("OrderGivenUp", REFUNDED, faults, sends)
 # An outage of a step, and what is left when its attempts are used up.
-OUTAGES: dict[str, dict[str, str]] = {
-    "receive_order": {},
-    "validate_order": {},
-    "reserve_inventory": UNPAID | {"reservation": "voided"},
-    "charge_payment": VOIDED,
-    "prepare_package": REFUNDED,
-}
-for step, left in OUTAGES.items():
+for step, left in (
+    ("receive_order", {}),
+    ("validate_order", {}),
+    ("reserve_inventory", UNPAID | {"reservation": "voided"}),
+    ("charge_payment", VOIDED),
+    ("prepare_package", REFUNDED),
+):
     SCENARIOS[f"{step} is down"] = Scenario("OrderGivenUp", left, simulate(**{step: "down"}), YES)
 
 
@@ -1603,12 +1599,9 @@ BASH = [
     for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
     for line in block.replace("\\\n", " ").splitlines()
 ]
-TABLED = re.findall(r"`(python [^`]*)`", README)
-OURS = sorted(
-    {m for line in [*BASH, *TABLED] for m in re.findall(r"\w+\.py(?: [^&|;#>]*)?$", line)}
-)
-TYPED_THERE = [*BASH, *re.findall(r"`(temporal [^`]*)`", README)]
-SERVERS = sorted({m for line in TYPED_THERE for m in re.findall(r"\btemporal [^&|;#>]*", line)})
+TOLD = [*BASH, *re.findall(r"`((?:python|temporal) [^`]*)`", README)]
+OURS = sorted({m for line in TOLD for m in re.findall(r"\w+\.py(?: [^&|;#>]*)?$", line)})
+SERVERS = sorted({m for line in TOLD for m in re.findall(r"\btemporal [^&|;#>]*", line)})
 
 
 @pytest.mark.parametrize("line", OURS)
@@ -1672,7 +1665,7 @@ def test_each_file_and_each_of_our_flags_in_the_readme_exists() -> None:
     made_here = {"charge_store.db", "temporal.db"}
     for name in re.findall(r"`([\w.]+\.(?:py|yml|txt|md|db))`", README):
         assert name in made_here or (HERE / name).is_file(), name
-    known = "".join((HERE / script).read_text() for script in SCRIPTS)
+    known = "".join((HERE / line).read_text() for line in HELP if line.endswith(".py"))
     for row in re.findall(r"^\| `(--[\w-]+)", README, re.MULTILINE):
         assert f'"{row}"' in known, row
     for words in (STEPS, FAULTS, RULES, NAMES):
