@@ -640,8 +640,7 @@ def time_scale(bars: list[Bar], width: int) -> tuple[list[Bar], dict[float, int]
     busy = [g for g in gaps if any(bar.begin <= g.begin and g.end <= bar.end for bar in work)]
     # More than 12 s in which nothing is done take no more room than three times what is done.
     longest = max(1, 3 * sum(gap.end - gap.begin for gap in busy))
-    idle = [gap for gap in gaps if gap not in busy]
-    shortened = [gap for gap in idle if gap.end - gap.begin > max(12, longest)]
+    shortened = [g for g in gaps if g not in busy and g.end - g.begin > max(12, longest)]
     lengths = [longest if gap in shortened else gap.end - gap.begin for gap in gaps]
     scale = (width - 1) / max(0.001, sum(lengths))
     step = next((tick for tick in TICKS if tick * scale >= 9), TICKS[-1])
