@@ -235,9 +235,8 @@ async def ask(handle: Handle) -> tuple[dict[str, Any], str]:
     # A worker that has not got the order in memory replays a thousand events in under a second.
     patience = RPC_TIMEOUT + timedelta(milliseconds=description.history_length)
     try:
-        query = handle.query("status", rpc_timeout=patience)
-        # The RPC's limit is for each try of the SDK's; this one is for all of them.
-        status = dict(await asyncio.wait_for(query, patience.total_seconds() + 1))
+        # Not rpc_timeout, which is for each try of the SDK's; this is for all of them.
+        status = dict(await asyncio.wait_for(handle.query("status"), patience.total_seconds()))
     except WorkflowQueryFailedError:
         return {}, f"the workflow's code fails; see: {see('history', handle.id)}"
     except (RPCError, TimeoutError) as error:
