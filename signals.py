@@ -63,31 +63,29 @@ class Keyboard:
     """What a person types, read beside the event loop: a wait may end by Enter or otherwise."""
 
     def __init__(self) -> None:
-        self._lines: asyncio.Queue[str | None] = asyncio.Queue()
-        self._loop = asyncio.get_running_loop()
+        self._lines: asyncio.Queue[str] = asyncio.Queue()
         # Not by input(), which cannot be interrupted, nor by add_reader(), which Windows has not.
-        threading.Thread(target=self._read, daemon=True).start()
+        threading.Thread(target=self._read, args=[asyncio.get_running_loop()], daemon=True).start()
 
-    def _read(self) -> None:
-        """Hand lines over to the event loop until the end of input, for which None stands."""
-        hand_over, put = self._loop.call_soon_threadsafe, self._lines.put_nowait
+    def _read(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Hand lines over to the event loop until the end of input, which is as good as a q."""
+        hand_over, put = loop.call_soon_threadsafe, self._lines.put_nowait
         with suppress(RuntimeError):  # the loop has ended
             # Unbuffered: Python cannot exit while a thread waits in a buffered read.
             with suppress(OSError), open(0, "rb", buffering=0, closefd=False) as typed:
                 for line in typed:
                     hand_over(put, line.decode(errors="replace").strip())
-            hand_over(put, None)
+            hand_over(put, "q")
 
     async def line(self, seconds: float | None = None) -> str | None:
         """Return a line, or None if none comes in time; q and the end of input raise EOFError."""
-        try:
+        with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 line = await self._lines.get()
-        except TimeoutError:
-            return None
-        if line is None or line.lower() == "q":
-            raise EOFError
-        return line
+                if line.lower() == "q":
+                    raise EOFError
+                return line
+        return None
 
     async def ask(self, question: str) -> str:
         """Ask, and return the answer."""
