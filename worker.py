@@ -22,7 +22,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, asynccontextmanager, nullcontext, suppress
 from datetime import timedelta
@@ -30,7 +30,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
 from typing import Any, NoReturn
 
-from temporalio.api.common.v1 import Payload
 from temporalio.client import Client
 from temporalio.converter import DataConverter, DefaultPayloadConverter
 from temporalio.envconfig import ClientConfig
@@ -108,9 +107,7 @@ class TolerantConverter(DefaultPayloadConverter):
     Raised here it would fail not the order but its workflow task, which is retried for ever.
     """
 
-    def from_payloads(
-        self, payloads: Sequence[Payload], type_hints: list[type] | None = None
-    ) -> list[Any]:
+    def from_payloads(self, payloads: Any, type_hints: Any = None) -> list[Any]:
         """Decode payloads as usual."""
         try:
             return super().from_payloads(payloads, type_hints)
