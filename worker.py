@@ -152,12 +152,11 @@ async def connect() -> Client:
 async def is_listening(address: str) -> bool:
     """Tell whether anything accepts connections there."""
     host, _, port = address.rpartition(":")
-    try:
+    with suppress(OSError):  # a timeout is one too
         _, writer = await asyncio.wait_for(asyncio.open_connection(host, int(port)), 2)
-    except (OSError, TimeoutError):
-        return False
-    writer.close()
-    return True
+        writer.close()
+        return True
+    return False
 
 
 async def persist(call: Callable[[], Awaitable[Any]]) -> Any:
