@@ -293,8 +293,7 @@ def free_port() -> int:
         port = random.randrange(20_000, 30_000)
         with ExitStack() as probes, suppress(OSError):
             for offset in (0, 10, 1000):  # server, HTTP API, Web UI
-                probe = probes.enter_context(socket.socket())
-                probe.bind(("127.0.0.1", port + offset))
+                probes.enter_context(socket.create_server(("127.0.0.1", port + offset)))
             return port
 
 
