@@ -33,7 +33,7 @@ from typing import Any, NoReturn
 from temporalio.client import Client
 from temporalio.converter import DataConverter, DefaultPayloadConverter
 from temporalio.envconfig import ClientConfig
-from temporalio.runtime import LoggingConfig, Runtime, TelemetryConfig, TelemetryFilter
+from temporalio.runtime import Runtime, TelemetryConfig
 from temporalio.service import RPCError, RPCStatusCode
 from temporalio.worker import PollerBehaviorSimpleMaximum, Worker
 
@@ -129,8 +129,7 @@ def be_quiet() -> None:
     warnings.filterwarnings("ignore", "coroutine '_Activity")  # of a worker that is stopped twice
     # Without this pause the SDK can crash while Python exits (sdk-python issue 300).
     atexit.register(time.sleep, 0.1)
-    off = LoggingConfig(filter=TelemetryFilter(core_level="ERROR", other_level="ERROR"))
-    Runtime.set_default(Runtime(telemetry=TelemetryConfig(logging=off)))
+    Runtime.set_default(Runtime(telemetry=TelemetryConfig(logging=None)))
 
 
 async def connect() -> Client:
