@@ -166,9 +166,7 @@ def audit() -> tuple[int, list[str]]:
     outcomes = {}  # of an order that was reset, the last run's stays
     for row in execute("SELECT * FROM events WHERE type = 'outcome' ORDER BY id"):
         outcomes[row["order_id"]] = json.loads(row["payload_json"])["state"]
-    in_force: Counter[tuple[str, str]] = Counter()
-    for row in execute("SELECT * FROM effects"):
-        in_force[row["order_id"], row["kind"]] += row["status"] == IN_FORCE[row["kind"]]
+    counted = Counter((row["order_id"], row["status"]) for row in execute("SELECT * FROM effects"))
     orders = execute(
         "SELECT order_id FROM events WHERE type != 'held' UNION SELECT order_id FROM effects"
     )
@@ -177,9 +175,9 @@ def audit() -> tuple[int, list[str]]:
         state = outcomes.get(order_id, "unfinished")
         allowed = {"COMPLETED": [1], "unfinished": [0, 1]}.get(state, [0])
         for kind, status in IN_FORCE.items():
-            if (found := in_force[order_id, kind]) not in allowed:
+            if (found := counted[order_id, status]) not in allowed:
                 violations.append(f"{order_id} ({state}): {found} x {kind} {status}")
-        if state == "unfinished" and in_force[order_id, "dispatch"] > in_force[order_id, "charge"]:
+        if state == "unfinished" and counted[order_id, "dispatched"] > counted[order_id, "charged"]:
             violations.append(f"{order_id} (unfinished): dispatched and not charged")
     return len(orders), violations
 
