@@ -208,8 +208,7 @@ def execute(statement: str, *values: Any, synchronous: str = "FULL") -> list[dic
         path = store_path()
         if not path.exists() or (path, path.stat().st_ino) not in _opened:
             close()  # CHARGE_STORE names another one, or somebody deleted this one
-            connection = _open(path)
-            _opened[path, path.stat().st_ino] = connection
+            _open(path)
         [connection] = _opened.values()
         connection.execute(f"PRAGMA synchronous = {synchronous}")
         return [dict(row) for row in connection.execute(statement, values).fetchall()]
@@ -227,7 +226,7 @@ def close() -> None:
 atexit.register(close)
 
 
-def _open(path: Path) -> sqlite3.Connection:
+def _open(path: Path) -> None:
     """Open a store and make what is missing in it, however many processes do so at once."""
     if sqlite3.sqlite_version_info < (3, 35):
         sys.exit(f"SQLite {sqlite3.sqlite_version} is too old, the ledger needs 3.35 or newer")
@@ -246,7 +245,7 @@ def _open(path: Path) -> sqlite3.Connection:
     connection.executescript(SCHEMA)
     # What a killed process wrote last may not be on disk; its repetition changes no row: flush now.
     connection.execute("PRAGMA wal_checkpoint").fetchone()
-    return connection
+    _opened[path, path.stat().st_ino] = connection
 
 
 # What it says.
