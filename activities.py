@@ -157,8 +157,10 @@ def attempt(order: Order, effect: Callable[[], T], doing: str = "", **payload: A
 
 def fail_before(order: Order, step: str, fault: str) -> None:
     """Play the faults that come before the effect."""
-    if fault == "random":
-        fault = draw(order, step)  # "down", a hang with a number of its own, or none
+    if fault == "random":  # drawn from what is the same when the order is played again
+        begun = store.count(order.order_id, step)
+        draws = ["down", f"hang at attempt {begun}", ""]
+        fault = Random(f"{order.order_id} {step} {begun}").choice(draws)
     if fault == "down" or (fault == "flaky" and store.count(order.order_id, step) <= 2):
         raise ConnectionError(f"simulated outage of {step}")
     if fault.startswith("hang") and claim(order, step, fault):
@@ -167,13 +169,6 @@ def fail_before(order: Order, step: str, fault: str) -> None:
         wait(SLOW_SECONDS, obedient=False)
     if fault == "crash-before" and claim(order, step, fault):
         crash(order, step)
-
-
-def draw(order: Order, step: str) -> str:
-    """Draw a fault from what is the same when the order is played again: id, step, attempt."""
-    begun = store.count(order.order_id, step)
-    draws = ["down", f"hang at attempt {begun}", ""]
-    return Random(f"{order.order_id} {step} {begun}").choice(draws)
 
 
 def claim(order: Order, step: str, fault: str) -> bool:
