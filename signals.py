@@ -477,10 +477,9 @@ async def history(client: Client, options: argparse.Namespace) -> int:
         if event.kind in SENTENCES:
             sentence = SENTENCES[event.kind](event)
             say(f"{event.at - events[0].at:7.2f} s  {sentence}", indent=11)
-    # What a workflow that has ended left behind, nobody waits for.
-    running = description.status == RUNNING
-    for activity in description.raw_description.pending_activities if running else ():
-        say(f"      now  {activity.activity_type.name}{again(activity)}", indent=11)
+    if description.status == RUNNING:  # what one that has ended left behind, nobody waits for
+        for activity in description.raw_description.pending_activities:
+            say(f"      now  {activity.activity_type.name}{again(activity)}", indent=11)
     return 0
 
 
