@@ -328,8 +328,7 @@ async def run_server() -> int:
     """Be the Temporal server, on the default port, with its data in temporal.db."""
     stage = Stage(HERE, int(DEFAULT_ADDRESS.rpartition(":")[2]))
     if await is_listening(DEFAULT_ADDRESS):
-        taken = f"port {stage.port} is taken"
-        sys.exit(f"{taken}: a Temporal server, or another program, runs there already")
+        sys.exit(f"port {stage.port} is taken: a Temporal server or another program runs there")
     say(f"server {os.getpid()} at {DEFAULT_ADDRESS}, Web UI: {web_ui(DEFAULT_ADDRESS)}")
     say(f"data: {nearby(HERE / 'temporal.db')}  kill it: {kill_command(os.getpid())}")
     words = stage.server_command()
