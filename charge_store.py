@@ -216,14 +216,12 @@ def execute(statement: str, *values: Any, synchronous: str = "FULL") -> list[dic
         _turn.release()
 
 
+@atexit.register
 def close() -> None:
     """Close the file, so that it can be deleted on Windows too; the next call opens it again."""
     with _turn:
         while _opened:
             _opened.popitem()[1].close()
-
-
-atexit.register(close)
 
 
 def _open(path: Path) -> None:

@@ -152,7 +152,7 @@ def here(script: str, *words: str, **environment: str) -> Done:
     out, err = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         patch.setattr(sys, "argv", [script, *words])
-        patch.setattr(atexit, "register", lambda *_: None)
+        patch.setattr(atexit, "register", lambda function, *_: function)
         patch.setattr(signal, "signal", lambda *_: None)
         patch.setattr(Runtime, "set_default", lambda *_: None)  # which can be done only once
         for name, value in environment.items():
