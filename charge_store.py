@@ -137,9 +137,7 @@ def look_back(contents: dict[str, Any], run_id: str, first_run_id: str) -> bool:
     Raises OrderConflict if its id was first used for another customer, amount, payment or address.
     What our own first run received is never another's: since then defaults may have changed.
     """
-    received = "SELECT payload_json FROM events WHERE order_id = ? AND type = 'receive_order'"
-    rows = execute(f"{received} ORDER BY id", contents["order_id"])
-    runs = [json.loads(row["payload_json"]) for row in rows]
+    runs = events_of(contents["order_id"], "receive_order")
     bought = ("customer_id", "amount_cents", "payment_id", "address")
     first = runs[0] if runs else contents
     ours = first.get("run") == first_run_id
@@ -148,9 +146,15 @@ def look_back(contents: dict[str, Any], run_id: str, first_run_id: str) -> bool:
     return any(run.get("run") != run_id for run in runs)
 
 
+def events_of(order_id: str, *types: str) -> list[dict[str, Any]]:
+    """Read an order's events, of these types or all, each with what its payload holds."""
+    rows = execute("SELECT * FROM events WHERE order_id = ? ORDER BY id", order_id)
+    return [json.loads(r["payload_json"]) | r for r in rows if not types or r["type"] in types]
+
+
 def count(order_id: str, type_: str) -> int:
     """Count an order's events of one type."""
-    return len(execute("SELECT id FROM events WHERE order_id = ? AND type = ?", order_id, type_))
+    return len(events_of(order_id, type_))
 
 
 def effects_of(order_id: str) -> list[dict[str, Any]]:
@@ -281,7 +285,7 @@ def proof(effect: dict[str, Any]) -> str:
 
 def say_order(order_id: str) -> bool:
     """Print an order's events, with the seconds since the first, and its effects."""
-    events = execute("SELECT * FROM events WHERE order_id = ? ORDER BY id", order_id)
+    events = events_of(order_id)
     for event in events:
         payload = json.loads(event["payload_json"])
         told = f"{event['ts'] - events[0]['ts']:8.2f} s  {event['type']}"

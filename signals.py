@@ -485,8 +485,7 @@ async def history(client: Client, options: argparse.Namespace) -> int:
 
 async def show_lanes(handle: Handle) -> None:
     """Draw an order's life, and print its effects."""
-    rows = store.execute("SELECT * FROM events WHERE order_id = ? ORDER BY id", handle.id)
-    bars = find_bars(await read_history(handle), rows, time.time())
+    bars = find_bars(await read_history(handle), store.events_of(handle.id), time.time())
     columns = min(79, shutil.get_terminal_size().columns - 1)
     for line in lanes(bars, columns):
         print(printable(line))
@@ -552,7 +551,6 @@ def find_bars(events: list[Event], rows: list[dict[str, Any]], now: float) -> li
 
 def ledger_bars(rows: list[dict[str, Any]], seen: list[Bar], until: float, now: float) -> list[Bar]:
     """Make a bar of each attempt, death and outage; `seen` tells when workers lived too."""
-    rows = [json.loads(row["payload_json"]) | row for row in rows]
     rows = [row | {"lane": f"worker {row.get('worker', '?')}"} for row in rows]
     attempts = [row for row in rows if row["attempt"]]
     notes = [row for row in rows if not row["attempt"] and row["ts"] <= until]

@@ -8,7 +8,6 @@ import argparse
 import asyncio
 import copy
 import inspect
-import json
 import os
 import random
 import re
@@ -257,7 +256,7 @@ async def address(t: "Player") -> None:
     said = await t.shell(f"{change} '3 Late Street'")
     t.show("too late, the order is SHIPPING" in said, "the second change was not too late")
     await t.ends(order, "COMPLETED", ONCE, within=6)
-    changes = [event["address"] for event in payloads(order, "update_address")]
+    changes = [event["address"] for event in store.events_of(order, "update_address")]
     t.show(changes == ["2 Side Street"], f"it was changed to {changes}")
     t.check(first(order, "dispatch_carrier")["address"] == changes[0], "sent to 2 Side Street")
     order = await t.place_for_review()
@@ -270,7 +269,7 @@ async def shipping(t: "Player") -> None:
     await t.start("orders", restart=True)
     order = await t.place()
     await t.until("the order is paid; its package waits", t.is_in, order, "SHIPPING")
-    shippers = [event["worker"] for event in payloads(order, "prepare_package")]
+    shippers = [event["worker"] for event in store.events_of(order, "prepare_package")]
     t.show(not shippers, f"workers {shippers}, which nobody thought of, ship")
     await t.start("shipping")
     await t.ends(order, "COMPLETED", ONCE, within=2)
@@ -300,7 +299,7 @@ async def server(t: "Player") -> None:
     # An answer that met no server is asked for again.
     await t.ends(charging, "COMPLETED", ONCE, within=10)
     await t.ends(waiting, "COMPLETED", ONCE, within=max(10, round(due - t.since + 1)))
-    workers = {event["worker"] for event in payloads(charging, "charge_payment")}
+    workers = {event["worker"] for event in store.events_of(charging, "charge_payment")}
     t.show(len(workers) == 1, f"the worker was restarted too: {workers}")
 
 
@@ -415,15 +414,9 @@ def begun(order_id: str, type_: str, times: int = 1) -> bool:
     return store.count(order_id, type_) >= times
 
 
-def payloads(order_id: str, type_: str) -> list[dict[str, Any]]:
-    """Read the payloads of an order's events of one type."""
-    query = "SELECT payload_json FROM events WHERE order_id = ? AND type = ? ORDER BY id"
-    return [json.loads(row["payload_json"]) for row in store.execute(query, order_id, type_)]
-
-
 def first(order_id: str, type_: str) -> dict[str, Any]:
     """Read the payload of an order's first event of one type; empty if there is none."""
-    return next(iter(payloads(order_id, type_)), {})
+    return next(iter(store.events_of(order_id, type_)), {})
 
 
 def is_edited(*edits: Edit) -> bool:
@@ -664,7 +657,7 @@ class Player:
 
     def died(self, order_id: str, step: str) -> bool:
         """Tell whether the process of the newest attempt at a step is dead."""
-        attempts = payloads(order_id, step)
+        attempts = store.events_of(order_id, step)
         if not attempts or is_process(attempts[-1]["worker"]):
             return False
         self.note("killed", worker=attempts[-1]["worker"])
@@ -712,7 +705,8 @@ class Player:
 
     async def kill(self, hard: bool = True) -> None:
         """Kill the worker that has the newest order, or stop it, as Ctrl+C does."""
-        living, attempts = await self.pollers(), payloads(list(self.orders)[-1], "charge_payment")
+        living = await self.pollers()
+        attempts = store.events_of(list(self.orders)[-1], "charge_payment")
         pid = attempts[-1]["worker"] if attempts else min(living, default=0)
         self.show(pid in living, "the worker that has the order is dead, or not on this machine")
         does, done = ("kills", "is dead") if hard else ("stops", "has stopped")

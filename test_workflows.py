@@ -10,7 +10,6 @@ import asyncio
 import atexit
 import io
 import itertools
-import json
 import os
 import re
 import runpy
@@ -554,19 +553,13 @@ def ledger(order_id: str, what: str = "status") -> dict[str, Any]:
     return {row["kind"]: row[what] for row in rows}
 
 
-def trail(order_id: str, *types: str) -> list[dict[str, Any]]:
-    """Read an order's events, of these types or all, with what their payloads hold."""
-    rows = store.execute("SELECT * FROM events WHERE order_id = ? ORDER BY id", order_id)
-    return [json.loads(r["payload_json"]) | r for r in rows if not types or r["type"] in types]
-
-
 async def gather(handle: Handle, told: float = 0) -> Outcome:
     """Wait for an order's end and collect what it left."""
     return Outcome(
         await end_of(handle),
         await status_of(handle),
         ledger(handle.id),
-        trail(handle.id),
+        store.events_of(handle.id),
         await handle.fetch_history(),
         told,
     )
@@ -917,9 +910,7 @@ def test_what_was_undone_is_refused_for_good_and_a_package_that_left_stays_away(
 
 
 def test_a_store_that_is_deleted_is_made_anew_and_keeps_all_it_is_given(empty_store: None) -> None:
-    look = (
-        "from charge_store import *; print(len(execute('SELECT * FROM charges')), count('o', 'x'))"
-    )
+    look = "from charge_store import *; print(len(effects_of('o')), len(events_of('o')))"
     charge, note = partial(store.perform, *CHARGE), partial(store.begin, "o", "x", 1, {})
     for first, second in ((charge, note), (note, charge), (charge, note)):
         first()
@@ -1069,10 +1060,10 @@ async def test_an_address_changes_until_shipping_and_a_refused_update_leaves_no_
     assert (outcome.ended, outcome.effects) == ("CANCELLED", REFUNDED)
     assert outcome.status["note"] == "fine"  # a cancel without a reason leaves it
     assert (outcome.status["address"], await updates(handle)) == ("1 Own Road", accepted)
-    assert trail(handle.id, "prepare_package")[0]["address"] == "1 Own Road"
-    changed = [event["address"] for event in trail(handle.id, "update_address")]
+    assert store.events_of(handle.id, "prepare_package")[0]["address"] == "1 Own Road"
+    changed = [event["address"] for event in store.events_of(handle.id, "update_address")]
     assert changed == ["2 Side Street", "1 Own Road"]
-    late, blank = trail(handle.id, "address_refused")
+    late, blank = store.events_of(handle.id, "address_refused")
     assert (blank["address"], late["address"]) == (" ", "3 Late Street")
     assert late["reason"] == "too late, the order is SHIPPING"
 
@@ -1089,7 +1080,7 @@ async def test_an_update_sent_with_its_order_runs_before_the_first_line(stage: S
     )
     assert answer == "4 New Street"
     assert (await gather(await start.workflow_handle())).ended == "COMPLETED"
-    assert trail("more-start", "dispatch_carrier")[0]["address"] == "4 New Street"
+    assert store.events_of("more-start", "dispatch_carrier")[0]["address"] == "4 New Street"
 
 
 @side_by_side
@@ -1108,14 +1099,14 @@ async def test_attempts_and_decisions_leave_rows_and_the_outcome_is_last(stage: 
     assert all(row["seconds"] >= 0 for row in attempts)
     assert Counter((row["type"], row["attempt"]) for row in attempts) == begun
     assert begun["charge_payment", 3] == begun["refund_payment", 1] == 1
-    charges = [row["ended"].split(":")[0] for row in trail(handle.id, "charge_payment")]
+    charges = [row["ended"].split(":")[0] for row in store.events_of(handle.id, "charge_payment")]
     assert charges == ["ConnectionError", "ConnectionError", "ok"]
-    [received] = trail(handle.id, "receive_order")
+    [received] = store.events_of(handle.id, "receive_order")
     patient = {"order_id": handle.id, "deadline_seconds": 600, "max_attempts": 0}
     assert received.items() >= asdict(parse_order(patient | faults, handle.id)).items()
     told = {
         (row["type"], row.get("note", row.get("reason")), row.get("counts"))
-        for row in trail(handle.id, "approve", "reject", "cancel", "outcome")
+        for row in store.events_of(handle.id, "approve", "reject", "cancel", "outcome")
     }
     decided = {("approve", "", True), ("reject", "too late", False), ("cancel", "enough", None)}
     assert told == decided | {("outcome", None, None)}
@@ -1161,7 +1152,7 @@ async def test_an_order_id_that_the_server_forgot_is_the_same_order_or_is_refuse
     for handle in [await place(stage, order_id=order_id) for order_id in ids]:
         await handle.signal("approve")
         assert (await gather(handle)).ended == "COMPLETED"
-    told = trail("again-1", "outcome")
+    told = store.events_of("again-1", "outcome")
     await asyncio.gather(*(forget(stage, order_id) for order_id in ids))
     for order_id, message, amount, ended in (
         ("again-0", "approve", 9999, "COMPLETED"),
@@ -1175,7 +1166,7 @@ async def test_an_order_id_that_the_server_forgot_is_the_same_order_or_is_refuse
     await reset(stage, handle, forget=False)
     assert await end_of(handle) == "OrderConflict"
     assert [ledger(order_id, "requests")["charge"] for order_id in ids[:2]] == [2, 1]
-    assert trail("again-1", "outcome") == told
+    assert store.events_of("again-1", "outcome") == told
 
 
 async def forget(stage: Stage, order_id: str) -> None:
@@ -1212,8 +1203,8 @@ def check_flood(outcome: Outcome, sent: int) -> None:
     check(Scenario("COMPLETED", PAID, status={"decision": "approved"}), outcome)
     order_id = outcome.status["order_id"]
     sorts = ("approve", "reject", "update_address", "address_refused", "dispatch_failed")
-    [told] = trail(order_id, "outcome")
-    assert len(trail(order_id, *sorts)) + told.get("messages_not_kept", 0) == sent
+    [told] = store.events_of(order_id, "outcome")
+    assert len(store.events_of(order_id, *sorts)) + told.get("messages_not_kept", 0) == sent
 
 
 @side_by_side
@@ -1716,7 +1707,8 @@ def test_each_exercise_has_its_words_and_a_part_to_do_for_each_thing_to_be_done(
     assert list(sections()) == list(range(len(EXERCISES)))
     text = sections()[number][1]
     monkeypatch.setattr("starter.plain_job", lambda *_: argparse.Namespace(pid=0, kill=int))
-    monkeypatch.setattr("starter.payloads", lambda *_: [{"address": "2 Side Street", "worker": 1}])
+    seen = [{"address": "2 Side Street", "worker": 1}]
+    monkeypatch.setattr("charge_store.events_of", lambda *_: seen)
     player = Counting()
     within(EXERCISES[number](player))
     assert text.count("\nDo. ") == player.acts
@@ -1740,7 +1732,7 @@ def test_each_exercise_has_its_words_and_a_part_to_do_for_each_thing_to_be_done(
 def test_what_was_done_otherwise_than_asked_for_does_not_hold(
     name: str, seen: list[dict[str, Any]], verdict: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("starter.payloads", lambda *_: seen)
+    monkeypatch.setattr("charge_store.events_of", lambda *_: seen)
     monkeypatch.setattr(Counting, "show", Player.show)
     monkeypatch.setattr(Counting, "kill", Counting.wait)
     with pytest.raises(Verdict, match=f"not shown: .*{verdict}"):
@@ -2039,7 +2031,7 @@ def timed(name: str, begin: float, end: float) -> list[Event]:
 
 def row(type_: str, ts: float, attempt: int = 0, **payload: Any) -> dict[str, Any]:
     """Make an event as the ledger keeps it."""
-    return {"type": type_, "ts": ts, "attempt": attempt, "payload_json": json.dumps(payload)}
+    return {"type": type_, "ts": ts, "attempt": attempt, **payload}
 
 
 CHARGING = partial(row, "charge_payment")
