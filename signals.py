@@ -128,7 +128,7 @@ class Screen:
 # Messages to an order.
 
 
-async def decide(client: Client, options: argparse.Namespace) -> int:
+async def decide(client: Client, options: argparse.Namespace) -> None:
     """Send approve or reject, and say whether that is the decision which stands."""
     handle = await addressee(client, options)
     await handle.signal(options.command, options.note)
@@ -137,20 +137,18 @@ async def decide(client: Client, options: argparse.Namespace) -> int:
         stands = status["decision"] or state
         sys.exit(f"{handle.id} is {stands} already: the {options.command} was only recorded")
     say(f"{handle.id}: {options.command} sent; {state}")
-    return 0
 
 
-async def cancel(client: Client, options: argparse.Namespace) -> int:
+async def cancel(client: Client, options: argparse.Namespace) -> None:
     """Send cancel, unless the order is being undone already."""
     handle = await addressee(client, options)
     if (await ask(handle))[1] == "COMPENSATING":
         sys.exit(f"too late: {handle.id} is being undone already; see: {see('watch', handle.id)}")
     await handle.signal("cancel", options.reason)
     say(f"{handle.id}: cancel sent; see: {see('watch', handle.id)}")
-    return 0
 
 
-async def update_address(client: Client, options: argparse.Namespace) -> int:
+async def update_address(client: Client, options: argparse.Namespace) -> None:
     """Change the address by an update, which, unlike a signal, has an answer."""
     handle = await addressee(client, options)
     try:
@@ -160,7 +158,6 @@ async def update_address(client: Client, options: argparse.Namespace) -> int:
     except (WorkflowUpdateRPCTimeoutOrCancelledError, RPCError):
         sys.exit(f"{handle.id}: it may still be changed; {await silence(handle)}")
     say(f"{handle.id}: goes to {options.address}")
-    return 0
 
 
 async def addressee(client: Client, options: argparse.Namespace) -> Handle:
@@ -262,7 +259,7 @@ async def code_failure(handle: Handle) -> str | None:
     return why(ends[-1].a.failure) if failed else None
 
 
-async def status(client: Client, options: argparse.Namespace) -> int:
+async def status(client: Client, options: argparse.Namespace) -> None:
     """Print an order's status, or what Temporal knows of another workflow."""
     handle, description = await find(client, options.order_id)
     status, state = await ask(handle)
@@ -274,7 +271,6 @@ async def status(client: Client, options: argparse.Namespace) -> int:
         status["state"] += f", then {description.status.name}: nothing was undone"
     for name, value in status.items():
         say(f"{name:18}{'-' if value in (None, '') else value}", indent=18)
-    return 0
 
 
 def amounts() -> dict[str, str]:
@@ -283,7 +279,7 @@ def amounts() -> dict[str, str]:
     return {row["order_id"]: f"{row['amount_cents'] / 100:.2f}" for row in rows}
 
 
-async def list_orders(client: Client, options: argparse.Namespace) -> int:
+async def list_orders(client: Client, options: argparse.Namespace) -> None:
     """List the newest orders and charges."""
     kinds, cents = "WorkflowType IN ('OrderWorkflow', 'ChargeWorkflow')", amounts()
     found = [run async for run in client.list_workflows(kinds)]
@@ -300,14 +296,12 @@ async def list_orders(client: Client, options: argparse.Namespace) -> int:
         say(f"{len(runs) - options.limit} older ones are not shown; --limit {len(runs)} shows all")
     if not runs:
         say(f"no orders yet; place one: {command('starter.py')} order")
-    return 0
 
 
-async def events(options: argparse.Namespace) -> int:
+async def events(options: argparse.Namespace) -> None:
     """Print an order's audit trail and its effects, from the ledger."""
     if not store.say_order(options.order_id):
         sys.exit(f"no events of '{options.order_id}' in {store.store_path()}; see: {see('list')}")
-    return 0
 
 
 # Watching an order.
@@ -463,7 +457,7 @@ def read_events(history: Iterable[Any]) -> list[Event]:
     return events
 
 
-async def history(client: Client, options: argparse.Namespace) -> int:
+async def history(client: Client, options: argparse.Namespace) -> None:
     """Draw an order's life, then tell its history; a worker is named when it takes over."""
     handle, description = await find(client, options.order_id)
     events = await read_history(handle)
@@ -480,7 +474,6 @@ async def history(client: Client, options: argparse.Namespace) -> int:
     if description.status == RUNNING:  # what one that has ended left behind, nobody waits for
         for activity in description.raw_description.pending_activities:
             say(f"      now  {activity.activity_type.name}{again(activity)}", indent=11)
-    return 0
 
 
 async def show_lanes(handle: Handle) -> None:
@@ -673,7 +666,7 @@ def note(text: str) -> str:
     return text
 
 
-VERBS: dict[str, tuple[Callable[..., Coroutine[Any, Any, int]], str]] = {
+VERBS: dict[str, tuple[Callable[..., Coroutine[Any, Any, Any]], str]] = {
     "approve": (decide, "say yes; without an id on a terminal: offers the waiting orders"),
     "reject": (decide, "say no; without an id on a terminal: offers the waiting orders"),
     "cancel": (cancel, "cancel; without an id on a terminal: offers the running orders"),
@@ -706,10 +699,10 @@ def parse_arguments() -> argparse.Namespace:
     return options
 
 
-async def run(options: argparse.Namespace) -> int:
+async def run(options: argparse.Namespace) -> None:
     """Run one command; `events` asks the ledger alone."""
     action = VERBS[options.command][0]
-    return await (events(options) if action is events else action(await connect(), options))
+    await (events(options) if action is events else action(await connect(), options))
 
 
 if __name__ == "__main__":

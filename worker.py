@@ -372,8 +372,8 @@ def kill_command(pid: int) -> str:
     return f"taskkill /F /T /PID {pid}" if sys.platform == "win32" else f"kill -9 {pid}"
 
 
-def run_script(main: Callable[[], int]) -> None:
-    """Run a script; whatever stops it leaves an exit code and no traceback."""
+def run_script(main: Callable[[], int | None]) -> None:
+    """Run a script; whatever stops it leaves an exit code and no traceback. None: it worked."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed by who started us
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
@@ -400,7 +400,7 @@ def run_script(main: Callable[[], int]) -> None:
         sys.exit(printable(f"cannot go on: {error}"))
 
 
-def main() -> int:
+def main() -> None:
     """Run a worker, or a server."""
     parser = Parser(description="Run a worker until Ctrl+C. LOG_LEVEL sets how much it says.")
     roles = ["all", "orders", "shipping", "server"]
@@ -408,7 +408,7 @@ def main() -> int:
     parser.add_argument("role", nargs="?", choices=roles, default="all", help=text)
     role = parser.parse_args().role
     if role == "server":
-        return asyncio.run(run_server())
+        sys.exit(asyncio.run(run_server()))
     level = os.environ.get("LOG_LEVEL", "INFO").upper()
     form = "%(asctime)s %(message)s"
     try:
@@ -428,7 +428,6 @@ def main() -> int:
         say(f"worker {os.getpid()} stopped")
     except ExceptionGroup as failed:
         sys.exit(f"worker {os.getpid()} failed: {printable(failed.exceptions[0])}")
-    return 0
 
 
 if __name__ == "__main__":
