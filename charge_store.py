@@ -318,8 +318,9 @@ def main() -> int:
             say(line)
         return 1 if violations else 0
     if options.order_id is not None:
-        if not say_order(options.order_id):
-            sys.exit(f"nothing of '{printable(options.order_id)}' in {path}")
+        order_id = printable(options.order_id)  # what is no text SQLite would not look for
+        if not say_order(order_id):
+            sys.exit(f"nothing of '{order_id}' in {path}")
         return 0
     newest = execute("SELECT * FROM effects ORDER BY created_at DESC LIMIT 20")
     for effect in reversed(newest):

@@ -307,7 +307,7 @@ async def events(options: argparse.Namespace) -> None:
 # Watching an order.
 
 
-async def follow(client: Client, order_id: str, tend: Callable[[], Any] | None = None) -> int:
+async def follow(client: Client, order_id: str, tend: Callable[[], Any] | None = None) -> None:
     """Draw an order until it ends: in place on a terminal, else a line at each change.
 
     `tend` looks after workers of ours, whose lines stand between ours. Exits with 1 if it failed.
@@ -334,7 +334,6 @@ async def follow(client: Client, order_id: str, tend: Callable[[], Any] | None =
     if state == "COMPLETED":
         screen.show(state, [f"    [x] {done}" for done in TRACKER.values()])
     say(f"{handle.id} {state}")
-    return 0
 
 
 async def picture(handle: Handle) -> tuple[str, list[str]]:

@@ -80,7 +80,7 @@ def made_up_id() -> str:
     return f"order-{uuid.uuid4().hex[:8]}"
 
 
-async def place(options: argparse.Namespace) -> int:
+async def place(options: argparse.Namespace) -> None:
     """Start the workflow, or attach to it if it runs already, and follow it if asked to."""
     raw = {name: value for name, value in vars(options).items() if name in RULES}
     alone = options.command == "charge"
@@ -91,7 +91,7 @@ async def place(options: argparse.Namespace) -> int:
         order = parse_order(raw, raw["order_id"], charge=alone)
     except ApplicationError as error:
         print(f"starter.py: {error.message}", file=sys.stderr)
-        return 2
+        sys.exit(2)
     async with temporal(quiet=False) as (stage, ours):
         client = stage.client
         handle = client.get_workflow_handle(order.order_id)
@@ -106,9 +106,9 @@ async def place(options: argparse.Namespace) -> int:
         page = f"namespaces/{client.namespace}/workflows/{order.order_id}"
         say(f"see it: {web_ui(stage.address)}/{page}")
         if ours or options.wait_result:
-            return await signals.follow(client, order.order_id, stage.revive if ours else None)
-        say((await signals.picture(handle))[0])
-        return 0
+            await signals.follow(client, order.order_id, stage.revive if ours else None)
+        else:
+            say((await signals.picture(handle))[0])
 
 
 async def start(client: Client, raw: dict[str, Any], **options: Any) -> None:
@@ -1377,7 +1377,7 @@ async def run(options: argparse.Namespace) -> int:
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), stop)
     try:
-        return int(await options.run(options))
+        return int(await options.run(options) or 0)
     except asyncio.CancelledError:
         return 128 + stopped_by[0]
 

@@ -1329,7 +1329,8 @@ def test_an_order_that_nobody_knows_is_named_with_the_command_that_lists_them(st
     answers(signals("update-address", "nobody", "3"), 1, "see:")
     answers(signals("approve", "x" * 2000), 1, "see:")
     answers(signals("status", ""), 1, "see:")
-    answers(ledger_says(RED), 1, "nothing of")
+    for unknown in (RED, "\udcff"):
+        answers(ledger_says(unknown), 1, "nothing of")
 
 
 def test_an_order_is_followed_to_its_end_and_then_it_is_too_late(stage: Stage) -> None:
