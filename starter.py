@@ -254,7 +254,7 @@ async def address(t: "Player") -> None:
     await t.send("approve", order)
     await t.until("it is packed, which takes 5 s", begun, order, "prepare_package")
     said = await t.shell(f"{change} '3 Late Street'")
-    t.show("too late, the order is SHIPPING" in said, "the second change was not too late")
+    t.show("too late, the order is SHIPPING" in said, f"the second change: {said}")
     await t.ends(order, "COMPLETED", ONCE, within=6)
     changes = [event["address"] for event in store.events_of(order, "update_address")]
     t.show(changes == ["2 Side Street"], f"it was changed to {changes}")
@@ -300,7 +300,7 @@ async def server(t: "Player") -> None:
     await t.ends(charging, "COMPLETED", ONCE, within=10)
     await t.ends(waiting, "COMPLETED", ONCE, within=max(10, round(due - t.since + 1)))
     workers = {event["worker"] for event in store.events_of(charging, "charge_payment")}
-    t.show(len(workers) == 1, f"the worker was restarted too: {workers}")
+    t.show(len(workers) == 1, f"it was not the same worker all along: {workers}")
 
 
 async def deploy(t: "Player") -> None:
@@ -741,9 +741,10 @@ class Player:
         only = "" if role == "all" else f" {role}"
         act = Act(f"starts another{only} worker", "a new worker starts", do)
         act.elsewhere = command("worker.py") + only
-        if restart:
+        if to_stop:
             act.enter = "restarts the worker" + (f", for{only} only" if only else "")
-            act.elsewhere = f"Ctrl+C in its terminal, then {act.elsewhere}"
+            pids = ", ".join(map(str, sorted(before)))
+            act.elsewhere = f"Ctrl+C on worker {pids}, then {act.elsewhere}"
         act.done = partial(self.newcomer, role, before, alone=restart)
         await self.do_it(act)
         for pid in to_stop:
@@ -1007,7 +1008,7 @@ class Person(Player):
         if self.running and self.ours:
             say(f"{kept}, and kept in temporal.db; the next start goes on with it")
         elif self.running:
-            say(f"{kept}; to end one: temporal workflow cancel --workflow-id ID")
+            say(f"{kept}; to end one: temporal workflow cancel -w ID")
         warn_of_edits()
 
 

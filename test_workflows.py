@@ -1726,7 +1726,7 @@ def test_each_exercise_has_its_words_and_a_part_to_do_for_each_thing_to_be_done(
         ("charge", [{}], "did not end by Ctrl.C"),
         ("charge", [{"ended": "CancelledError: told to stop"}], "did not end by kill -9"),
         ("address", [{"address": "5 Wrong Road"}], "was changed to"),
-        ("server", [{"worker": 1}, {"worker": 2}], "restarted too"),
+        ("server", [{"worker": 1}, {"worker": 2}], "not the same worker"),
         ("late", [{"ended": "ok"}], "arrived before the cancel"),
     ],
 )

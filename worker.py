@@ -15,6 +15,7 @@ import os
 import random
 import shlex
 import shutil
+import signal
 import socket
 import sqlite3
 import subprocess
@@ -129,6 +130,7 @@ def be_quiet() -> None:
     warnings.filterwarnings("ignore", "coroutine '_Activity")  # of a worker that is stopped twice
     # Without this pause the SDK can crash while Python exits (sdk-python issue 300).
     atexit.register(time.sleep, 0.1)
+    atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)  # a second Ctrl+C in that
     Runtime.set_default(Runtime(telemetry=TelemetryConfig(logging=None)))
 
 
