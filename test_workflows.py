@@ -775,6 +775,11 @@ async def test_a_stop_is_obeyed_that_comes_together_with_a_steps_answer(stage: S
     serving = partial(Worker, stage.client, task_queue=wing.queues[0])
     deciding = partial(serving, workflows=[OrderWorkflow])
     doing = partial(serving, activities=ORDER_STEPS, activity_executor=threads)
+    shipped = await place(wing, "approve", **simulate(prepare_package="slow"))
+    async with deciding(), doing():
+        await reach(shipped, "prepare_package")
+    await stage.client.get_workflow_handle(f"ship-{shipped.id}").terminate()
+    await shipped.cancel()
     late, *cancelled = [await place(wing, deadline_seconds=seconds) for seconds in (5, 600, 600)]
 
     async def pending(number: int) -> None:
@@ -790,9 +795,10 @@ async def test_a_stop_is_obeyed_that_comes_together_with_a_steps_answer(stage: S
         await send(stage, handle, way)
     await asyncio.sleep(5)
     async with deciding(), doing():
-        outcomes = [await gather(handle) for handle in (late, *cancelled)]
+        outcomes = [await gather(handle) for handle in (shipped, late, *cancelled)]
     threads.shutdown()
     ends = [(outcome.ended, outcome.effects) for outcome in outcomes]
+    assert ends.pop(0) == ("CANCELLED", REFUNDED)
     assert ends == [("DeadlineExceeded", {}), ("CANCELLED", {}), ("CANCELLED", {})]
 
 
@@ -2157,6 +2163,8 @@ def test_a_narrow_terminal_gets_a_command_whole_on_its_own_line(
         *words, last = store.fit(message, terminal).splitlines()
         assert last == typed and max(map(len, words)) < 60
         assert store.fit(message, pipe) == message
+    # What was typed as an answer is no command of ours.
+    assert max(map(len, store.fit(f"no {typed}{', word' * 20}", terminal).splitlines())) < 80
 
 
 def test_all_sixteen_exercises_hold_when_the_machine_plays_them(

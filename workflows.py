@@ -154,10 +154,7 @@ class OrderWorkflow:
 
     def _enter(self, state: str) -> None:
         """Go on to the next part of the story, or raise what shall end it."""
-        # Looked at here too: an `await` that has its answer drops a cancel that came with it.
-        if workflow.cancellation_reason() is not None:  # Temporal's own; by signal: _halted
-            raise asyncio.CancelledError
-        if self._halted:
+        if self._halted:  # an `await` that has its answer drops a cancel that came with it
             raise self._halted
         self._show(state)
 
@@ -208,24 +205,26 @@ class OrderWorkflow:
         while True:
             self._enter("SHIPPING")
             self._shipping_attempts += 1
-            try:
-                await workflow.execute_child_workflow(
+            child = asyncio.gather(
+                workflow.execute_child_workflow(
                     ShippingWorkflow.run,
                     replace(self._order, address=self._address),
                     id=f"ship-{self._order.order_id}",
                     task_queue=SHIPPING_QUEUE,
-                    # A shipping worker that is down holds up no cancel and no deadline.
-                    cancellation_type=workflow.ChildWorkflowCancellationType.TRY_CANCEL,
                     # After a reset the child of the run before may still be there.
                     id_reuse_policy=WorkflowIDReusePolicy.TERMINATE_IF_RUNNING,
                     static_summary=f"Ship to {self._address}",
-                )
+                ),
+                return_exceptions=True,
+            )
+            # A stop ends this wait; the child, whose worker may be down, Temporal ends after us.
+            await workflow.wait_condition(child.done)
+            [failure] = child.result()
+            if failure is None:
                 return
-            except ChildWorkflowError as error:
-                if is_cancelled_exception(error):
-                    raise
-                self._last_error = str(error.cause)
-            self._enter("SHIPPING")  # or end here: a stop may have come together with the failure
+            if not isinstance(failure, ChildWorkflowError) or is_cancelled_exception(failure):
+                raise failure
+            self._last_error = str(failure.cause)
             if self._shipping_attempts == SHIPPING_TRIES:
                 problem = f"shipping failed {SHIPPING_TRIES} times: {self._last_error}"
                 raise ApplicationError(problem, type="OrderGivenUp")
