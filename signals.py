@@ -402,6 +402,7 @@ SENTENCES: dict[str, Callable[[Event], str]] = {
     "CHILD_WORKFLOW_EXECUTION_COMPLETED": lambda e: f"{e.name} is done",
     "CHILD_WORKFLOW_EXECUTION_FAILED": lambda e: f"{e.name} failed: {why(e.a.failure)}",
     "CHILD_WORKFLOW_EXECUTION_CANCELED": lambda e: f"{e.name} was cancelled",
+    "CHILD_WORKFLOW_EXECUTION_TERMINATED": lambda e: f"{e.name} was terminated",
 }
 # A message came while the workflow's last task was done: that is done again, the code is all right.
 OVERTAKEN = WorkflowTaskFailedCause.WORKFLOW_TASK_FAILED_CAUSE_UNHANDLED_COMMAND
