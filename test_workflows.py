@@ -1684,11 +1684,11 @@ class Counting(Player):
 
     def __init__(self) -> None:
         super().__init__(Stage(HERE, 0))
-        self.acts, self.seconds = 0, set[float]()
+        self.acts, self.seconds = list[Act](), set[float]()
         self.orders = {"": {"wait_seconds": 1}}
 
     async def do_it(self, act: Act) -> str:
-        self.acts += 1
+        self.acts.append(act)
         return "too late, the order is SHIPPING"
 
     async def place(self, *_: Any, **__: Any) -> str:
@@ -1723,7 +1723,7 @@ def test_each_exercise_has_its_words_and_a_part_to_do_for_each_thing_to_be_done(
     monkeypatch.setattr("charge_store.events_of", lambda *_: seen)
     player = Counting()
     within(EXERCISES[number](player))
-    assert text.count("\nDo. ") == player.acts
+    assert text.count("\nDo. ") == len(player.acts)
     for label in ("Predict", "Observe", "Explain"):
         assert text.count(f"\n{label}. ") == 1, label
     told = re.findall(rf"^\| {number} \|.*?\|.*?\|(.*?)\|", README, re.MULTILINE)[0]
@@ -1765,6 +1765,11 @@ def test_a_worker_that_serves_one_queue_is_none_for_the_other() -> None:
         assert within(player.newcomer(role, set())) is serves
     told = within(Person.trouble(player))
     assert re.match(f"no worker serves {SHIPPING_QUEUE}; start it: .*worker.py shipping", told)
+    within(player.start(restart=True))
+    assert player.acts[-1].elsewhere.startswith("Ctrl+C on worker 1, then ")
+    with pytest.raises(Verdict, match="not shown: worker 1, which nobody thought of, serves too"):
+        player.show = partial(Player.show, player)
+        within(EXERCISES[NAMES.index("points")](player))
 
 
 @side_by_side
