@@ -769,6 +769,17 @@ def test_each_history_replays_and_each_prefix_of_some(
 
 
 @side_by_side
+async def test_a_stop_stops_the_shipping_before_anything_is_undone(stage: Stage) -> None:
+    """Or a package could leave while the undos take their time."""
+    handle = await place(stage, "approve", **simulate(prepare_package="slow", look_back="slow"))
+    await reach(handle, "prepare_package")
+    await handle.signal("cancel")
+    check(Scenario("CANCELLED", REFUNDED), await gather(handle))
+    packed = store.events_of(handle.id, "prepare_package")
+    assert packed[-1]["ended"].startswith("CancelledError")
+
+
+@side_by_side
 async def test_a_stop_is_obeyed_that_comes_together_with_a_steps_answer(stage: Stage) -> None:
     """Both reach the workflow in one task: the `await` has the answer and drops the stop."""
     wing, threads = Wing(stage, "together"), ThreadPoolExecutor(4)

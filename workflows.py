@@ -217,9 +217,8 @@ class OrderWorkflow:
                 ),
                 return_exceptions=True,
             )
-            # A stop ends this wait; the child, whose worker may be down, Temporal ends after us.
-            await workflow.wait_condition(child.done)
-            [failure] = child.result()
+            # A stop ends this wait at once; then _compensate stops the child, if it still runs.
+            [failure] = await asyncio.shield(child)
             if failure is None:
                 return
             if not isinstance(failure, ChildWorkflowError) or is_cancelled_exception(failure):
@@ -270,6 +269,10 @@ class OrderWorkflow:
 
     async def _compensate(self) -> bool:
         """Undo, last first, each until done; return False if the package has left: then nothing."""
+        if self._shipping_attempts:
+            child = workflow.get_external_workflow_handle(f"ship-{self._order.order_id}")
+            with suppress(FailureError):  # it has ended
+                await child.cancel()
         # Before a reset, or before the server forgot it, a run did what this one does not know of.
         was_before = await run_activity(step.look_back, 0, self._order, self._first_run)
         undos = step.UNDOS if was_before else self._undos
