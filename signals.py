@@ -33,6 +33,7 @@ from temporalio.client import (
 from temporalio.service import RPCError, RPCStatusCode
 
 import charge_store as store
+from activities import number
 from charge_store import fit, printable, say
 from worker import SERVER_DOWN, Parser, command, connect, persist, run_script
 from workflows import HEARTBEAT, NOTE_LENGTH, START_TO_CLOSE
@@ -652,19 +653,21 @@ def time_scale(bars: list[Bar], width: int) -> tuple[list[Bar], dict[float, int]
 # The command line.
 
 
-def positive(text: str) -> int:
-    """Read a whole number from 1 to 100000."""
-    if not (text.isascii() and text.isdecimal() and 1 <= int(text[:7]) <= 100_000):
-        raise argparse.ArgumentTypeError("must be a whole number from 1 to 100000")
-    return int(text)
+def reader(convert: Callable[[str], Any], valid: Callable[[Any], bool], rule: str) -> Any:
+    """Make a reader of an argument that keeps a rule; what does not is told the rule."""
+
+    def read(text: str) -> Any:
+        with suppress(ValueError):
+            if valid(value := convert(text)):
+                return value
+        raise argparse.ArgumentTypeError(rule)
+
+    return read
 
 
-def note(text: str) -> str:
-    """Read a note or a reason."""
-    if len(text) > NOTE_LENGTH:
-        raise argparse.ArgumentTypeError(f"must be at most {NOTE_LENGTH} characters")
-    return text
-
+positive = reader(int, number(1, 100_000, int), "must be a whole number from 1 to 100000")
+NOTE_RULE = f"must be at most {NOTE_LENGTH} characters"
+note = reader(str, lambda text: len(text) <= NOTE_LENGTH, NOTE_RULE)
 
 VERBS: dict[str, tuple[Callable[..., Coroutine[Any, Any, Any]], str]] = {
     "approve": (decide, "say yes; without an id on a terminal: offers the waiting orders"),

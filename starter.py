@@ -43,9 +43,9 @@ if sys.platform != "win32":
 
 import charge_store as store
 import signals
-from activities import FAULTS, RULES, SLOW_SECONDS, STEPS, parse_order
+from activities import FAULTS, RULES, SLOW_SECONDS, STEPS, number, parse_order
 from charge_store import printable, say
-from signals import Keyboard, Screen
+from signals import Keyboard, Screen, positive, reader
 from worker import (
     DEFAULT_ADDRESS,
     HERE,
@@ -1271,43 +1271,15 @@ def cents(text: str) -> int:
     return int(whole) * 100 + int(part.ljust(2, "0"))
 
 
-def field(name: str, convert: Callable[[str], Any], text: str) -> Any:
-    """Read a field of the order that keeps its rule."""
-    valid, rule = RULES[name]
-    with suppress(ValueError):
-        if valid(value := convert(text)):
-            return value
-    raise argparse.ArgumentTypeError(rule)
-
-
-def given(text: str) -> str:
-    """Refuse an empty argument: it is not the same as a missing one."""
-    if not text:
-        raise argparse.ArgumentTypeError("must not be empty")
-    return text
-
-
-def wait_to_act_in(text: str) -> float:
-    """Read a wait in which a person can kill a worker and start another."""
-    seconds = float(field("wait_seconds", float, text))
-    if not 2 <= seconds <= 60:
-        raise argparse.ArgumentTypeError("must be 2 to 60 seconds here, in which you have to act")
-    return seconds
-
-
+ACT_IN = number(2, 60, float), "must be 2 to 60 seconds here, in which you have to act"
 PROMPTS: dict[str, tuple[str, str, Callable[[str], Any]]] = {
-    "customer_id": ("Customer ID", "customer-123", partial(field, "customer_id", str)),
-    "amount_cents": ("Amount", "99.99", partial(field, "amount_cents", cents)),
-    "wait_seconds": ("Wait seconds", "10", wait_to_act_in),
+    "customer_id": ("Customer ID", "customer-123", reader(str, *RULES["customer_id"])),
+    "amount_cents": ("Amount", "99.99", reader(cents, *RULES["amount_cents"])),
+    "wait_seconds": ("Wait seconds", "10", reader(float, *ACT_IN)),
 }
-
-
-def fault(text: str) -> tuple[str, str]:
-    """Read STEP=FAULT."""
-    step, _, name = text.partition("=")
-    if step not in STEPS or name not in FAULTS:
-        raise argparse.ArgumentTypeError("must be STEP=FAULT with names from --help")
-    return step, name
+given = reader(str, bool, "must not be empty")  # which is not the same as missing
+known_faults = [f"{step}={name}" for step in STEPS for name in FAULTS]
+fault = reader(str, known_faults.__contains__, "must be STEP=FAULT with names from --help")
 
 
 def add_orders(commands: Any) -> None:
@@ -1349,18 +1321,18 @@ def parse_arguments() -> argparse.Namespace:
     crash.add_argument("names", nargs="*", type=chosen, metavar="NAME", help=named)
     crash.set_defaults(run=run_crash)
     chaos = commands.add_parser("chaos", help="a crowd of orders under kills")
-    chaos.add_argument("--orders", type=signals.positive, default=60, help="default 60")
-    chaos.add_argument("--kills", type=signals.positive, default=10, help="of workers; default 10")
+    chaos.add_argument("--orders", type=positive, default=60, help="default 60")
+    chaos.add_argument("--kills", type=positive, default=10, help="of workers; default 10")
     chaos.add_argument("--seed", type=int, default=1, help="of what is drawn; default 1")
     chaos.set_defaults(run=run_crowd, wait_seconds=0)
     load = commands.add_parser("load", help="a crowd of orders, and what each costs")
-    load.add_argument("--orders", type=signals.positive, default=200, help="default 200")
-    wait, text = partial(field, "wait_seconds", float), "seconds they sleep first"
+    load.add_argument("--orders", type=positive, default=200, help="default 200")
+    wait, text = reader(float, *RULES["wait_seconds"]), "seconds they sleep first"
     load.add_argument("--wait", dest="wait_seconds", type=wait, default=0, help=text)
     load.set_defaults(run=run_crowd, kills=0, seed=1)
     options: argparse.Namespace = parser.parse_args()
     if "simulate" in options:
-        options.simulate = dict(options.simulate)
+        options.simulate = dict(pair.split("=") for pair in options.simulate)
     return options
 
 
