@@ -19,7 +19,6 @@ import subprocess
 import sys
 import textwrap
 import time
-import uuid
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager, suppress
@@ -27,6 +26,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from secrets import token_hex
 from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -75,18 +75,13 @@ def charge_id(raw: dict[str, Any]) -> str:
     return f"charge-{raw.get('customer_id', 'customer-123')}-{raw.get('amount_cents', 9999)}"
 
 
-def made_up_id() -> str:
-    """Make up an order id that no other order has."""
-    return f"order-{uuid.uuid4().hex[:8]}"
-
-
 async def place(options: argparse.Namespace) -> None:
     """Start the workflow, or attach to it if it runs already, and follow it if asked to."""
     raw = {name: value for name, value in vars(options).items() if name in RULES}
     alone = options.command == "charge"
     if alone:
         raw |= {"order_id": charge_id(raw), "max_attempts": 0}
-    raw.setdefault("order_id", made_up_id())
+    raw.setdefault("order_id", f"order-{token_hex(4)}")
     try:
         order = parse_order(raw, raw["order_id"], charge=alone)
     except ApplicationError as error:
@@ -547,7 +542,7 @@ class Player:
 
     async def place(self, options: dict[str, Any] | None = None, **fields: Any) -> str:
         """Place an order and return its id."""
-        raw = PATIENT | {"order_id": made_up_id()} | fields
+        raw = PATIENT | {"order_id": f"order-{token_hex(4)}"} | fields
         await start(self.stage.client, raw, **options or {})
         order_id = str(raw["order_id"])
         self.orders[order_id] = raw
