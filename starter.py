@@ -1262,8 +1262,7 @@ def cents(text: str) -> int:
     """Read an amount typed with at most two decimals, such as 99.99, as cents."""
     if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,2})?", text):
         raise argparse.ArgumentTypeError("must be an amount like 99.99")
-    whole, _, part = text.partition(".")
-    return int(whole) * 100 + int(part.ljust(2, "0"))
+    return round(float(text) * 100)  # exact: a float holds 15 digits
 
 
 ACT_IN = number(2, 60, float), "must be 2 to 60 seconds here, in which you have to act"
