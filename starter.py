@@ -462,17 +462,12 @@ class Player:
 
     async def play(self, exercise: Exercise) -> str:
         """Play an exercise; return `held`, `not shown: ...` or `NOT HELD: ...`."""
-        self.orders, self.began = {}, time.time()
-        if exercise not in CONTRASTS:
-            return await self.verdict_of(exercise)
-        player = copy.copy(self)
-        async with private_stage() as player.stage:
-            player.ours, player.running, player.apart = True, set(), True
-            return await player.verdict_of(exercise)
-
-    async def verdict_of(self, exercise: Exercise) -> str:
-        """Play an exercise on the stage as it is."""
-        verdict = "held"
+        self.orders, self.began, verdict = {}, time.time(), "held"
+        if exercise in CONTRASTS and not self.apart:
+            player = copy.copy(self)
+            async with private_stage() as player.stage:
+                player.ours, player.running, player.apart = True, set(), True
+                return await player.play(exercise)
         try:
             async with asyncio.timeout(None if self.by_hand else 120):
                 await self.prepare()
@@ -941,7 +936,7 @@ class Person(Player):
             act.done = lambda: False
         self.say_part("Do")
         told = f"{'':10}Enter {act.enter}" if ours else f"{'':10}Now: {act.elsewhere}"
-        if ours and act.typed and not self.apart:
+        if act.typed:
             short = len(told + act.typed) < 60  # a longer command stands alone, for copying
             told += f" (or: {act.typed})" if short else f", or you elsewhere:\n{act.typed}"
         await self.overhear()
