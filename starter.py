@@ -606,11 +606,9 @@ class Player:
         """Tell how the orders ended, if all have, so that nothing more can come of them."""
         if await self.server_is_dead():
             return ""  # which would take 3 s to see otherwise
-        ends = []
-        for order_id in reversed(self.orders):
-            if not await self.sees(self.ended, order_id):
-                return ""
-            ends.append(f"{order_id} ended {await self.sees(end_of, self.handle(order_id))}")
+        if not all([await self.sees(self.ended, id_) for id_ in self.orders]):
+            return ""
+        ends = [f"{id_} ended {await self.sees(end_of, self.handle(id_))}" for id_ in self.orders]
         return ", ".join(ends)
 
     def handle(self, order_id: str) -> signals.Handle:
