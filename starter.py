@@ -438,7 +438,7 @@ class Act:
     """Something to be done, by us or by a person elsewhere, and how to see that it was done."""
 
     enter: str  # what Enter does, "kills worker 4711"
-    told: str  # what is said when it is done
+    told: str  # what is said when it is done; empty: the last line of what it said itself
     do: Callable[[], Awaitable[Any]]
     typed: str = ""  # what a person may type elsewhere instead
     elsewhere: str = ""  # what a person must do elsewhere, if the stage is not ours
@@ -525,8 +525,7 @@ class Player:
     def tell(self, words: str) -> None:
         """Print what happens, with the seconds since the exercise began."""
         self.screen.clear()  # of what a person is told to wait for
-        if words:
-            say(f"{time.time() - self.began:6.1f} s  {words}", indent=10)
+        say(f"{time.time() - self.began:6.1f} s  {words}", indent=10)
 
     def note(self, type_: str, **payload: Any) -> None:
         """Note for the picture what befell the orders that have not ended."""
@@ -687,7 +686,7 @@ class Player:
     async def do_it(self, act: Act) -> Any:
         """Do something and tell it."""
         did = await act.do()
-        self.tell(act.told)
+        self.tell(act.told or str(did).splitlines()[-1])
         self.since = time.time()
         return did
 
@@ -791,13 +790,12 @@ class Player:
             process = await asyncio.create_subprocess_exec(*program, *words, **pipes)
             said = (await process.communicate())[0].decode().strip()
             self.show(not sight or process.returncode == 0, said)
-            return said
+            return said or "it is done"
 
         act = Act(f"runs this:\n{typed}", "", do)
         if sight:  # which tells whether it was done elsewhere
             act.enter, act.typed, act.done = "runs this", typed, partial(sight, *given)
-        said = str(await self.do_it(act) or "it is done")
-        self.tell(said.splitlines()[-1])
+        said = str(await self.do_it(act))
         if sight:
             await self.wait("it has come", sight, *given)
         return said
@@ -949,7 +947,7 @@ class Person(Player):
                 return await super().do_it(act)
             if line is not None:
                 say(f"{'':10}this is not done yet: {act.elsewhere}", indent=10)
-        self.tell(act.told)
+        self.tell(act.told or "it is done")
         self.since = time.time()
 
     async def wait(self, words: str, sight: Sight, *given: Any) -> None:
