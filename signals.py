@@ -326,15 +326,22 @@ async def follow(client: Client, order_id: str, tend: Callable[[], Any] | None =
             screen.show("the server does not answer; it keeps the order, so we wait for it")
         if tend:
             tend()
-    try:
-        result = await persist(handle.result)
-    except WorkflowFailureError:
+    if description.status != WorkflowExecutionStatus.COMPLETED:
         end = (await persist(lambda: read_history(handle)))[-1]
         sys.exit(f"{handle.id} FAILED: {SENTENCES[end.kind](end)}")
-    state = result["status"] if isinstance(result, dict) else result or "COMPLETED"
+    state = await persist(lambda: end_of(handle))
     if state == "COMPLETED":
         screen.show(state, [f"    [x] {done}" for done in TRACKER.values()])
     say(f"{handle.id} {state}")
+
+
+async def end_of(handle: Handle) -> str:
+    """Tell how a workflow ended: its result, or its error's type."""
+    try:
+        result = await handle.result()
+    except WorkflowFailureError as error:
+        return str(getattr(error.cause, "type", error.cause))
+    return str(result["status"] if isinstance(result, dict) else result or "COMPLETED")
 
 
 async def picture(handle: Handle) -> tuple[str, list[str]]:

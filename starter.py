@@ -33,7 +33,7 @@ from typing import Any
 
 from temporalio.api.taskqueue.v1 import TaskQueue
 from temporalio.api.workflowservice.v1 import DescribeTaskQueueRequest
-from temporalio.client import Client, WorkflowFailureError
+from temporalio.client import Client
 from temporalio.common import WorkflowIDReusePolicy
 from temporalio.exceptions import ApplicationError, WorkflowAlreadyStartedError
 from temporalio.service import RPCError, RPCStatusCode
@@ -45,7 +45,7 @@ import charge_store as store
 import signals
 from activities import FAULTS, RULES, SLOW_SECONDS, STEPS, number, parse_order
 from charge_store import printable, say
-from signals import Keyboard, Screen, positive, reader
+from signals import Keyboard, Screen, end_of, positive, reader
 from worker import (
     DEFAULT_ADDRESS,
     HERE,
@@ -850,15 +850,6 @@ class Player:
         """End the exercise if what it is about did not happen, with what did instead."""
         if not shown:
             raise Verdict(f"not shown: {instead}")
-
-
-async def end_of(handle: signals.Handle) -> str:
-    """Tell how a workflow ended: its result, or its error's type."""
-    try:
-        result = await handle.result()
-    except WorkflowFailureError as error:
-        return str(getattr(error.cause, "type", error.cause))
-    return str(result["status"] if isinstance(result, dict) else result)
 
 
 class Person(Player):

@@ -52,7 +52,7 @@ from temporalio.worker import Replayer, UnsandboxedWorkflowRunner, Worker
 
 import charge_store as store
 from activities import FAULTS, ORDER_STEPS, RULES, STEPS, Order, charge, parse_order
-from signals import Bar, Event, Handle, find_bars, lanes, offer, read_events, read_history
+from signals import Bar, Event, Handle, end_of, find_bars, lanes, offer, read_events, read_history
 from starter import (
     AS_IT_WAS,
     BUG,
@@ -66,7 +66,6 @@ from starter import (
     Person,
     Player,
     Verdict,
-    end_of,
     is_edited,
     sections,
 )
