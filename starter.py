@@ -414,10 +414,10 @@ def first(order_id: str, type_: str) -> dict[str, Any]:
     return next(iter(store.events_of(order_id, type_)), {})
 
 
-def is_edited(*edits: Edit) -> bool:
-    """Tell whether a line of one of these edits stands in workflows.py."""
-    text = (HERE / "workflows.py").read_text(encoding="utf-8")
-    return any(new in text for _, _, new in edits)
+def stands(folder: Path, *texts: str) -> bool:
+    """Tell whether one of these texts stands in the workflows.py there."""
+    script = (folder / "workflows.py").read_text(encoding="utf-8")
+    return any(text in script for text in texts)
 
 
 # The players.
@@ -747,10 +747,11 @@ class Player:
             copied.write_text(source.replace(text, instead), encoding="utf-8")
 
         act = Act(f"changes {file}, in a copy", f"{file} is changed", do)
-        act.elsewhere, act.done = f"edit {file} and save it", partial(is_edited, change)
+        act.elsewhere = f"edit {file} and save it"
+        act.done = partial(stands, self.stage.code, instead)
         if change == AS_IT_WAS:
             act.enter, act.told = "undoes the change", f"{file} is as it was"
-            act.done = lambda: not is_edited(BUG, CHECKED)
+            act.done = lambda: not stands(self.stage.code, BUG[2], CHECKED[2])
         await self.do_it(act)
 
     async def kill_server(self) -> None:
@@ -919,8 +920,6 @@ class Person(Player):
     async def do_it(self, act: Act) -> Any:
         """Ask for something, do it on Enter if we can, and go on when it is done."""
         ours = self.ours or not act.elsewhere
-        if ours and act.elsewhere:  # nobody else does it
-            act.done = lambda: False
         self.say_part("Do")
         told = f"{'':10}Enter {act.enter}" if ours else f"{'':10}Now: {act.elsewhere}"
         if act.typed:
@@ -1017,8 +1016,8 @@ async def run_prompts(_: argparse.Namespace) -> int:
 
 def warn_of_edits() -> None:
     """Warn if exercise 9 or 11 has left a line in workflows.py, or has taken one along."""
-    text = (HERE / "workflows.py").read_text(encoding="utf-8")
-    if is_edited(BUG, CHECKED) or PATCH.strip() in text or not (ENTER in text and REVIEW in text):
+    left = stands(HERE, BUG[2], CHECKED[2], PATCH.strip())
+    if left or not (stands(HERE, ENTER) and stands(HERE, REVIEW)):
         say("workflows.py still has a line of exercise 9 or 11, or lacks one: orders stop there")
 
 
