@@ -705,8 +705,7 @@ def parse_arguments() -> argparse.Namespace:
         if offered:
             word = "--reason" if verb == "cancel" else "--note"
             sub.add_argument(word, type=note, default="", help="why, up to 500 characters")
-    options: argparse.Namespace = parser.parse_args()
-    return options
+    return parser.parse_args()
 
 
 async def run(options: argparse.Namespace) -> None:

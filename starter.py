@@ -1305,7 +1305,7 @@ def parse_arguments() -> argparse.Namespace:
     wait, text = reader(float, *RULES["wait_seconds"]), "seconds they sleep first"
     load.add_argument("--wait", dest="wait_seconds", type=wait, default=0, help=text)
     load.set_defaults(run=run_crowd, kills=0, seed=1)
-    options: argparse.Namespace = parser.parse_args()
+    options = parser.parse_args()
     if "simulate" in options:
         options.simulate = dict(pair.split("=") for pair in options.simulate)
     return options

@@ -349,11 +349,11 @@ class Parser(argparse.ArgumentParser):
         """Say it and exit."""
         self.exit(2, f"{self.prog}: {printable(message)} (see: {self.prog} --help)\n")
 
-    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse, but not what a terminal sent that is no text in its encoding."""
         if any("\ud800" <= character <= "\udfff" for character in " ".join(sys.argv[1:])):
             self.error("an argument is not valid text")
-        return super().parse_args(args, namespace)
+        return super().parse_known_args(args, namespace)
 
 
 def nearby(path: Path) -> str:
