@@ -78,6 +78,8 @@ def charge_id(raw: dict[str, Any]) -> str:
 async def place(options: argparse.Namespace) -> None:
     """Start the workflow, or attach to it if it runs already, and follow it if asked to."""
     raw = {name: value for name, value in vars(options).items() if name in RULES}
+    if "simulate" in raw:
+        raw["simulate"] = dict(pair.split("=") for pair in raw["simulate"])
     alone = options.command == "charge"
     if alone:
         raw |= {"order_id": charge_id(raw), "max_attempts": 0}
@@ -1035,12 +1037,11 @@ def following(number: int) -> int:
 
 def chosen(text: str) -> int:
     """Read the number or the name of an exercise."""
-    if text in NAMES:
-        return NAMES.index(text)
-    if text not in map(str, range(len(NAMES))):
+    choices = {key: n for n, name in enumerate(NAMES) for key in (str(n), name)}
+    if text not in choices:
         there = ", ".join(f"{number} {name}" for number, name in enumerate(NAMES))
         raise argparse.ArgumentTypeError(f"no exercise {printable(text)[:80]}; there are {there}")
-    return int(text)
+    return choices[text]
 
 
 async def run_crash(options: argparse.Namespace) -> int:
@@ -1305,10 +1306,7 @@ def parse_arguments() -> argparse.Namespace:
     wait, text = reader(float, *RULES["wait_seconds"]), "seconds they sleep first"
     load.add_argument("--wait", dest="wait_seconds", type=wait, default=0, help=text)
     load.set_defaults(run=run_crowd, kills=0, seed=1)
-    options = parser.parse_args()
-    if "simulate" in options:
-        options.simulate = dict(pair.split("=") for pair in options.simulate)
-    return options
+    return parser.parse_args()
 
 
 async def run(options: argparse.Namespace) -> int:
