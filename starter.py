@@ -8,6 +8,7 @@ import argparse
 import asyncio
 import copy
 import inspect
+import json
 import os
 import random
 import re
@@ -1082,10 +1083,7 @@ CROWD: list[tuple[set[str], dict[str, Any], str]] = [
 ]
 
 
-OUTCOMES = """
-SELECT order_id, json_extract(payload_json, '$.state') AS state, max(ts) AS ts
-FROM events WHERE type = 'outcome' GROUP BY order_id
-"""
+OUTCOMES = "SELECT order_id, payload_json, ts FROM events WHERE type = 'outcome'"
 ASKED_AGAIN = "SELECT order_id FROM effects WHERE requests > 1"
 CHARGED_TWICE = """
 SELECT order_id FROM charges WHERE status = 'charged' GROUP BY order_id HAVING count(*) > 1
@@ -1199,7 +1197,7 @@ async def run_crowd(options: argparse.Namespace) -> int:
         crowd = Crowd(stage, options)
         await crowd.run()
         seconds, ends = time.monotonic() - began, store.execute(OUTCOMES)
-        states = {row["order_id"]: row["state"] for row in ends}
+        states = {row["order_id"]: json.loads(row["payload_json"])["state"] for row in ends}
         told = ", ".join(f"{state} {n}" for state, n in sorted(Counter(states.values()).items()))
         say(f"{seconds:.1f} s, {options.orders / seconds:.1f} orders/s; {told}")
         if not options.kills and ends:
