@@ -900,7 +900,7 @@ class Person(Player):
         if self.verdicts[number] != "held":
             say("So there is nothing to explain yet: it is offered again.")
             return
-        store.note(f"exercise {number}", "held", {})
+        store.note("exercises", "held", {"number": number})
         self.say_part("Observe")
         await self.ask("Enter goes on: ")
         self.say_part("Explain")
@@ -1026,8 +1026,7 @@ def warn_of_edits() -> None:
 
 def held() -> set[int]:
     """Read which exercises have held in this ledger."""
-    rows = store.execute("SELECT order_id FROM events WHERE type = 'held'")
-    return {int(row["order_id"].removeprefix("exercise ")) for row in rows}
+    return {note["number"] for note in store.events_of("exercises", "held")}
 
 
 def following(number: int) -> int:
