@@ -459,13 +459,13 @@ class Player:
         self.orders: dict[str, dict[str, Any]] = {}  # what the exercise placed, by order id
         self.running: set[str] = set()  # of these, and of earlier ones, what has not ended
         self.sources: dict[str, str] = {}  # what the exercise edits, as it was at its beginning
-        self.began = self.since = time.time()  # the exercise; the last act
+        self.since = time.time()  # the last act
         self.apart = False  # in a contrast
-        self.screen = Screen()
+        self.screen = Screen()  # which has the exercise's clock
 
     async def play(self, exercise: Exercise) -> str:
         """Play an exercise; return `held`, `not shown: ...` or `NOT HELD: ...`."""
-        self.orders, self.began, verdict = {}, time.time(), "held"
+        self.orders, self.screen, verdict = {}, Screen(), "held"
         if exercise in CONTRASTS and not self.apart:
             player = copy.copy(self)
             async with private_stage() as player.stage:
@@ -528,7 +528,7 @@ class Player:
     def tell(self, words: str) -> None:
         """Print what happens, with the seconds since the exercise began."""
         self.screen.clear()  # of what a person is told to wait for
-        say(f"{time.time() - self.began:6.1f} s  {words}", indent=10)
+        say(f"{time.monotonic() - self.screen.started:6.1f} s  {words}", indent=10)
 
     def note(self, type_: str, **payload: Any) -> None:
         """Note for the picture what befell the orders that have not ended."""
@@ -894,7 +894,6 @@ class Person(Player):
         self.say_part("Predict")
         if EXERCISES[number] is not timer:  # which asks for its amount first
             await self.ask("Enter begins: ")
-        self.screen.started = time.monotonic()
         self.verdicts[number] = await self.play(EXERCISES[number])
         warn_of_edits()
         if self.verdicts[number] != "held":
@@ -1057,7 +1056,7 @@ async def run_crash(options: argparse.Namespace) -> int:
             verdict, tries = "not shown", 3  # a busy machine may come too late
             while verdict.startswith("not shown") and tries:
                 verdict, tries = await player.play(EXERCISES[number]), tries - 1
-            took = time.time() - player.began
+            took = time.monotonic() - player.screen.started
             rows.append(f"{verdict.partition(':')[0]:9} {took:5.1f} s  {claim}")
     print()
     for row in rows:
