@@ -476,8 +476,7 @@ class Player:
                 await self.prepare()
                 await exercise(self)
             if not self.apart:
-                ours = tuple(f"{order_id} (" for order_id in self.orders)
-                wrong = [line for line in store.audit()[1] if line.startswith(ours)]
+                wrong = [line for line in store.audit()[1] if line.split()[0] in self.orders]
                 self.check(not wrong, "audit clean", "; ".join(wrong))
         except Verdict as error:
             verdict = str(error)
