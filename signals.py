@@ -17,6 +17,7 @@ from collections.abc import Callable, Coroutine, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 from temporalio.api.enums.v1 import EventType, TimeoutType, WorkflowTaskFailedCause
@@ -660,21 +661,17 @@ def time_scale(bars: list[Bar], width: int) -> tuple[list[Bar], dict[float, int]
 # The command line.
 
 
-def reader(convert: Callable[[str], Any], valid: Callable[[Any], bool], rule: str) -> Any:
-    """Make a reader of an argument that keeps a rule; what does not is told the rule."""
-
-    def read(text: str) -> Any:
-        with suppress(ValueError):
-            if valid(value := convert(text)):
-                return value
-        raise argparse.ArgumentTypeError(rule)
-
-    return read
+def take(convert: Callable[[str], Any], valid: Callable[[Any], bool], rule: str, text: str) -> Any:
+    """Take an argument that keeps a rule; of one that does not the rule is told."""
+    with suppress(ValueError):
+        if valid(value := convert(text)):
+            return value
+    raise argparse.ArgumentTypeError(rule)
 
 
-positive = reader(int, number(1, 100_000, int), "must be a whole number from 1 to 100000")
+positive = partial(take, int, number(1, 100_000, int), "must be a whole number from 1 to 100000")
 NOTE_RULE = f"must be at most {NOTE_LENGTH} characters"
-note = reader(str, lambda text: len(text) <= NOTE_LENGTH, NOTE_RULE)
+note = partial(take, str, lambda text: len(text) <= NOTE_LENGTH, NOTE_RULE)
 
 VERBS: dict[str, tuple[Callable[..., Coroutine[Any, Any, Any]], str]] = {
     "approve": (decide, "say yes; without an id on a terminal: offers the waiting orders"),

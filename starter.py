@@ -46,7 +46,7 @@ import charge_store as store
 import signals
 from activities import FAULTS, RULES, SLOW_SECONDS, STEPS, number, parse_order
 from charge_store import printable, say
-from signals import Keyboard, Screen, end_of, positive, reader
+from signals import Keyboard, Screen, end_of, positive, take
 from worker import (
     DEFAULT_ADDRESS,
     HERE,
@@ -1244,13 +1244,13 @@ def cents(text: str) -> int:
 
 ACT_IN = number(2, 60, float), "must be 2 to 60 seconds here, in which you have to act"
 PROMPTS: dict[str, tuple[str, str, Callable[[str], Any]]] = {
-    "customer_id": ("Customer ID", "customer-123", reader(str, *RULES["customer_id"])),
-    "amount_cents": ("Amount", "99.99", reader(cents, *RULES["amount_cents"])),
-    "wait_seconds": ("Wait seconds", "10", reader(float, *ACT_IN)),
+    "customer_id": ("Customer ID", "customer-123", partial(take, str, *RULES["customer_id"])),
+    "amount_cents": ("Amount", "99.99", partial(take, cents, *RULES["amount_cents"])),
+    "wait_seconds": ("Wait seconds", "10", partial(take, float, *ACT_IN)),
 }
-given = reader(str, bool, "must not be empty")  # which is not the same as missing
+given = partial(take, str, bool, "must not be empty")  # which is not the same as missing
 known_faults = [f"{step}={name}" for step in STEPS for name in FAULTS]
-fault = reader(str, known_faults.__contains__, "must be STEP=FAULT with names from --help")
+fault = partial(take, str, known_faults.__contains__, "must be STEP=FAULT with names from --help")
 
 
 def add_orders(commands: Any) -> None:
@@ -1298,7 +1298,7 @@ def parse_arguments() -> argparse.Namespace:
     chaos.set_defaults(run=run_crowd, wait_seconds=0)
     load = commands.add_parser("load", help="a crowd of orders, and what each costs")
     load.add_argument("--orders", type=positive, default=200, help="default 200")
-    wait, text = reader(float, *RULES["wait_seconds"]), "seconds they sleep first"
+    wait, text = partial(take, float, *RULES["wait_seconds"]), "seconds they sleep first"
     load.add_argument("--wait", dest="wait_seconds", type=wait, default=0, help=text)
     load.set_defaults(run=run_crowd, kills=0, seed=1)
     return parser.parse_args()
