@@ -368,7 +368,7 @@ async def no_key(t: "Player") -> None:
     await t.kill()
     await t.start()
     await t.until("the order has ended", t.ended, order)
-    t.in_time(6.5)
+    t.in_time(7.5)
     t.show(store.count(order, "charge_payment") >= 2, "there was no second attempt")
     charges = [row for row in store.effects_of(order) if row["kind"] == "charge"]
     t.check(len(charges) == 2, "charged twice")
