@@ -898,7 +898,7 @@ class Person(Player):
         if self.verdicts[number] != "held":
             say("So there is nothing to explain yet: it is offered again.")
             return
-        store.note("exercises", "held", {"number": number})
+        store.note("the exercises", "held", {"number": number})  # which is no order's id
         self.say_part("Observe")
         await self.ask("Enter goes on: ")
         self.say_part("Explain")
@@ -1024,7 +1024,7 @@ def warn_of_edits() -> None:
 
 def held() -> set[int]:
     """Read which exercises have held in this ledger."""
-    return {note["number"] for note in store.events_of("exercises", "held")}
+    return {note["number"] for note in store.events_of("the exercises", "held")}
 
 
 def following(number: int) -> int:

@@ -217,7 +217,7 @@ class OrderWorkflow:
                 ),
                 return_exceptions=True,
             )
-            # A stop ends this wait at once; then _compensate stops the child, if it still runs.
+            # A stop ends this wait alone: SDK 1.35 cannot cancel a handle that was just terminated.
             [failure] = await asyncio.shield(child)
             if failure is None:
                 return
@@ -269,7 +269,7 @@ class OrderWorkflow:
 
     async def _compensate(self) -> bool:
         """Undo, last first, each until done; return False if the package has left: then nothing."""
-        if self._shipping_attempts:
+        if self._shipping_attempts:  # the child may still run
             child = workflow.get_external_workflow_handle(f"ship-{self._order.order_id}")
             with suppress(FailureError):  # it has ended
                 await child.cancel()
