@@ -341,7 +341,7 @@ async def end_of(handle: Handle) -> str:
     try:
         result = await handle.result()
     except WorkflowFailureError as error:
-        return str(getattr(error.cause, "type", error.cause))
+        return str(getattr(error.cause, "type", type(error.cause).__name__))
     return str(result["status"] if isinstance(result, dict) else result or "COMPLETED")
 
 
