@@ -233,7 +233,8 @@ async def ask(handle: Handle) -> tuple[dict[str, Any], str]:
     patience = RPC_TIMEOUT + timedelta(milliseconds=description.history_length)
     try:
         # Not rpc_timeout, which is for each try of the SDK's; this is for all of them.
-        status = dict(await asyncio.wait_for(handle.query("status"), patience.total_seconds()))
+        async with asyncio.timeout(patience.total_seconds()):
+            status = dict(await handle.query("status"))
     except WorkflowQueryFailedError:
         return {}, f"the workflow's code fails; see: {see('history', handle.id)}"
     except (RPCError, TimeoutError) as error:

@@ -597,7 +597,6 @@ class Player:
     async def sees(self, sight: Sight, *given: Any) -> Any:
         """Look, while the server may be dead or about to die; return what there is to see."""
         with suppress(OSError, RPCError):  # it takes too long; a file is being saved
-            # Not wait_for(): on Python 3.11 it may swallow a Ctrl+C that comes with the answer.
             async with asyncio.timeout(3):
                 seen = sight(*given)
                 return await seen if inspect.isawaitable(seen) else seen

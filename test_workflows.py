@@ -24,7 +24,7 @@ import sys
 import time
 import uuid
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, nullcontext, redirect_stderr, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, field
@@ -32,6 +32,7 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import AsyncMock, MagicMock, Mock
 
 import pytest
 from temporalio.api.common.v1 import Payload, WorkflowExecution
@@ -45,6 +46,7 @@ from temporalio.client import (
     WorkflowUpdateFailedError,
 )
 from temporalio.common import RawValue, WorkflowIDConflictPolicy
+from temporalio.converter import DefaultPayloadConverter
 from temporalio.exceptions import ApplicationError
 from temporalio.runtime import Runtime
 from temporalio.service import RPCError, RPCStatusCode
@@ -62,7 +64,6 @@ from starter import (
     NO_KEY,
     PATCHED,
     QUEUES,
-    Act,
     Person,
     Player,
     Verdict,
@@ -73,6 +74,7 @@ from worker import (
     HERE,
     SERVER_FLAGS,
     Stage,
+    TolerantConverter,
     free_port,
     is_listening,
     is_process,
@@ -696,10 +698,11 @@ async def test_what_must_be_done_is_tried_without_end_whatever_max_attempts_says
 def test_each_run_of_an_order_writes_its_outcome_and_the_last_one_counts(
     played: dict[str, Any],
 ) -> None:
-    """The audit, at the end of all, finds no fault with it."""
+    """And its decisions, of the same words too. The audit, at the end of all, is content."""
     name = "reset and cancelled, reset and expired, reset and approved"
     outcomes = [event for event in played[name].events if event["type"] == "outcome"]
     assert [event["state"] for event in outcomes] == ["COMPLETED"] * 4
+    assert [event["type"] for event in played[name].events].count("approve") == 2
 
 
 def test_each_timer_is_called_what_it_is(played: dict[str, Any]) -> None:
@@ -765,6 +768,26 @@ def test_each_history_replays_and_each_prefix_of_some(
     replayer = Replayer(workflows=[OrderWorkflow], workflow_runner=runner)
     for history in histories:
         within(replayer.replay_workflow(history))
+
+
+@side_by_side
+async def test_a_timeout_that_our_code_raises_undoes_the_order_too(stage: Stage) -> None:
+    """To Temporal it is a failure of the workflow, as an ApplicationError is."""
+    wing = Wing(stage, "timeout")
+    script = wing.folder / "workflows.py"
+    raises = script.read_text(encoding="utf-8").replace(BUG[1], "        raise TimeoutError\n")
+    script.write_text(raises, encoding="utf-8")
+    wing.start_worker()
+    check(Scenario("OrderGivenUp", UNPAID), await gather(await place(wing)))
+
+
+def test_only_what_a_workflow_is_given_may_be_anything() -> None:
+    """An answer taken for another would be worse: a refund of a package that has left, say."""
+    converter, [payload] = TolerantConverter(), DefaultPayloadConverter().to_payloads([{"a": 1}])
+    payload.data = b"{"
+    assert isinstance(converter.from_payloads([payload])[0], RuntimeError)
+    with pytest.raises(RuntimeError):
+        converter.from_payloads([payload], [str])
 
 
 @side_by_side
@@ -1091,17 +1114,27 @@ async def test_an_address_changes_until_shipping_and_a_refused_update_leaves_no_
 
 @side_by_side
 async def test_an_update_sent_with_its_order_runs_before_the_first_line(stage: Stage) -> None:
-    raw = {"order_id": "more-start", "deadline_seconds": 600} | TIMED
-    fail = WorkflowIDConflictPolicy.FAIL
-    start: WithStartWorkflowOperation[Any, Any] = WithStartWorkflowOperation(
-        "OrderWorkflow", raw, id="more-start", task_queue=ORDERS_QUEUE, id_conflict_policy=fail
-    )
-    answer = await stage.client.execute_update_with_start_workflow(
-        "update_address", "4 New Street", start_workflow_operation=start
-    )
-    assert answer == "4 New Street"
-    assert (await gather(await start.workflow_handle())).ended == "COMPLETED"
+    """Of an order that is invalid it is refused, as the order is."""
+
+    async def begin(order_id: str, **fields: Any) -> Handle:
+        raw = {"order_id": order_id, "deadline_seconds": 600} | TIMED | fields
+        start: WithStartWorkflowOperation[Any, Any] = WithStartWorkflowOperation(
+            "OrderWorkflow",
+            raw,
+            id=order_id,
+            task_queue=ORDERS_QUEUE,
+            id_conflict_policy=WorkflowIDConflictPolicy.FAIL,
+        )
+        answer = await stage.client.execute_update_with_start_workflow(
+            "update_address", "4 New Street", start_workflow_operation=start
+        )
+        assert answer == "4 New Street"
+        return await start.workflow_handle()
+
+    assert (await gather(await begin("more-start"))).ended == "COMPLETED"
     assert store.events_of("more-start", "dispatch_carrier")[0]["address"] == "4 New Street"
+    with pytest.raises(WorkflowUpdateFailedError):
+        await begin("more-bad", colour="red")
 
 
 @side_by_side
@@ -1458,28 +1491,19 @@ def test_an_order_is_picked_by_number_or_id_and_by_enter_if_it_is_the_only_one(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    async def running(*_: Any, **__: Any) -> AsyncIterator[argparse.Namespace]:
-        for order_id in states:
-            yield argparse.Namespace(id=order_id)
-
-    async def ask(order_id: str) -> tuple[dict[str, str], str]:
-        return {"state": states[order_id]}, states[order_id]
-
-    async def type_(question: str) -> str:
-        assert ("[1]" in question) == (list(states.values()).count("AWAITING_REVIEW") == 1)
-        if not typed:
-            raise EOFError
-        return typed.pop(0)
-
-    client: Any = argparse.Namespace(list_workflows=running, get_workflow_handle=str)
+    listed, asked = MagicMock(), AsyncMock(side_effect=[*typed, EOFError])
+    listed.return_value.__aiter__.return_value = [argparse.Namespace(id=id_) for id_ in states]
+    client: Any = argparse.Namespace(list_workflows=listed, get_workflow_handle=str)
     store.perform("reservation", "a", "a", "c", 1234)
-    monkeypatch.setattr("signals.ask", ask)
-    monkeypatch.setattr("signals.Keyboard", lambda: argparse.Namespace(ask=type_))
+    monkeypatch.setattr("signals.ask", AsyncMock(side_effect=lambda id_: ({1: 1}, states[id_])))
+    monkeypatch.setattr("signals.Keyboard", lambda: argparse.Namespace(ask=asked))
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
     with nullcontext() if picks else pytest.raises(SystemExit):
         assert asyncio.run(offer(client, "approve")) == picks
         assert re.search(r"1  AWAITING_REVIEW +12.34  a", capsys.readouterr().out)
-        assert not typed
+        assert asked.await_count == len(typed)
+    only = list(states.values()).count("AWAITING_REVIEW") == 1
+    assert all(("[1]" in call.args[0]) == only for call in asked.await_args_list)
 
 
 @side_by_side
@@ -1689,37 +1713,15 @@ def test_each_file_and_each_of_our_flags_in_the_readme_exists() -> None:
 # The exercises: their words, their edits, the machine's play and a person's.
 
 
-class Counting(Player):
-    """Plays an exercise without doing anything, and counts what a person would be asked to do."""
-
-    def __init__(self) -> None:
-        super().__init__(Stage(HERE, 0))
-        self.acts, self.seconds = list[Act](), set[float]()
-        self.orders = {"": {"wait_seconds": 1}}
-
-    async def do_it(self, act: Act) -> str:
-        self.acts.append(act)
-        return "too late, the order is SHIPPING"
-
-    async def place(self, *_: Any, **__: Any) -> str:
-        return ""
-
-    async def ends(self, *_: Any, within: float = 0, **__: Any) -> None:
-        self.seconds.add(within)
-
-    async def timer_of(self, order_id: str) -> list[float]:
-        return [0.0, 0.0]
-
-    async def pollers(self, *_: Any) -> list[int]:
-        return []
-
-    async def wait(self, *_: Any) -> None:
-        pass
-
-    def accept(self, *_: Any, **__: Any) -> None:
-        pass
-
-    check = show = tell = note = expect_known = accept
+def counting() -> Any:
+    """Make a player that does nothing, and notes what a person would be asked to do."""
+    player: Any = Player(Stage(HERE, 0))
+    player.orders = {"": {"wait_seconds": 1}}
+    player.do_it = AsyncMock(return_value="too late, the order is SHIPPING")
+    player.place, player.timer_of = AsyncMock(return_value=""), AsyncMock(return_value=[0.0, 0.0])
+    player.pollers, player.wait, player.ends = AsyncMock(return_value=[]), AsyncMock(), AsyncMock()
+    player.check = player.show = player.tell = player.note = player.expect_known = Mock()
+    return player
 
 
 @pytest.mark.parametrize("number", range(len(EXERCISES)))
@@ -1731,13 +1733,13 @@ def test_each_exercise_has_its_words_and_a_part_to_do_for_each_thing_to_be_done(
     monkeypatch.setattr("starter.plain_job", lambda *_: argparse.Namespace(pid=0, kill=int))
     seen = [{"address": "2 Side Street", "worker": 1}]
     monkeypatch.setattr("charge_store.events_of", lambda *_: seen)
-    player = Counting()
+    player = counting()
     within(EXERCISES[number](player))
-    assert text.count("\nDo. ") == len(player.acts)
+    assert text.count("\nDo. ") == player.do_it.await_count
     for label in ("Predict", "Observe", "Explain"):
         assert text.count(f"\n{label}. ") == 1, label
     told = re.findall(rf"^\| {number} \|.*?\|.*?\|(.*?)\|", README, re.MULTILINE)[0]
-    for seconds in player.seconds - {0}:
+    for seconds in {call.kwargs.get("within", 0) for call in player.ends.await_args_list} - {0}:
         assert re.search(rf"(?<!\.)\b{seconds:g}\b(?!\.)", told), seconds
 
 
@@ -1755,28 +1757,23 @@ def test_what_was_done_otherwise_than_asked_for_does_not_hold(
     name: str, seen: list[dict[str, Any]], verdict: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("charge_store.events_of", lambda *_: seen)
-    monkeypatch.setattr(Counting, "show", Player.show)
-    monkeypatch.setattr(Counting, "kill", Counting.wait)
+    player = counting()
+    player.show, player.kill = partial(Player.show, player), AsyncMock()
     with pytest.raises(Verdict, match=f"not shown: .*{verdict}"):
-        within(EXERCISES[NAMES.index(name)](Counting()))
+        within(EXERCISES[NAMES.index(name)](player))
 
 
 def test_a_worker_that_serves_one_queue_is_none_for_the_other() -> None:
-    class Half(Counting):
-        async def pollers(self, *queues: str) -> list[int]:
-            return [] if SHIPPING_QUEUE in queues else [1]
-
-        async def server_is_dead(self) -> bool:
-            return False
-
-    player: Any = Half()
+    player = counting()
+    player.pollers = AsyncMock(side_effect=lambda *queues: [1] * (SHIPPING_QUEUE not in queues))
+    player.server_is_dead = AsyncMock(return_value=False)
     player.ours, player.orders = False, {}
     for role, serves in ("orders", True), ("shipping", False), ("all", False):
         assert within(player.newcomer(role, set())) is serves
     told = within(Person.trouble(player))
     assert re.match(f"no worker serves {SHIPPING_QUEUE}; start it: .*worker.py shipping", told)
     within(player.start(restart=True))
-    assert player.acts[-1].elsewhere.startswith("Ctrl+C on worker 1, then ")
+    assert player.do_it.await_args.args[0].elsewhere.startswith("Ctrl+C on worker 1, then ")
     with pytest.raises(Verdict, match="not shown: worker 1, which nobody thought of, serves too"):
         player.show = partial(Player.show, player)
         within(EXERCISES[NAMES.index("points")](player))
@@ -1798,7 +1795,7 @@ def test_the_edits_of_the_exercises_are_the_ones_that_the_readme_tells(
     change: tuple[str, str, str], tmp_path: Path
 ) -> None:
     _, text, instead = change
-    look = partial(Counting().sees, stands, tmp_path / "copy", instead)
+    look = partial(counting().sees, stands, tmp_path / "copy", instead)
     # An editor that saves may have renamed the file away at this moment.
     assert not within(look())
     changed_copy(tmp_path / "copy", *change)  # the text stands in the file, once

@@ -113,6 +113,8 @@ class TolerantConverter(DefaultPayloadConverter):
         try:
             return super().from_payloads(payloads, type_hints)
         except Exception as error:
+            if type_hints:  # an activity's input or answer: none may be taken for another
+                raise
             return [error]
 
 
@@ -140,7 +142,9 @@ async def connect() -> Client:
     config: dict[str, Any] = {"target_host": DEFAULT_ADDRESS, "data_converter": converter}
     config |= client_config()
     try:
-        return await asyncio.wait_for(Client.connect(**config), 4)
+        # Not wait_for(): on Python 3.11 it may swallow a Ctrl+C that comes with the answer.
+        async with asyncio.timeout(4):
+            return await Client.connect(**config)
     except (RuntimeError, ValueError, TimeoutError) as error:
         address = config["target_host"]
         # That nobody listens we say ourselves.
@@ -154,7 +158,8 @@ async def is_listening(address: str) -> bool:
     """Tell whether anything accepts connections there."""
     host, _, port = address.rpartition(":")
     with suppress(OSError):  # a timeout is one too
-        _, writer = await asyncio.wait_for(asyncio.open_connection(host, int(port)), 2)
+        async with asyncio.timeout(2):
+            _, writer = await asyncio.open_connection(host, int(port))
         writer.close()
         return True
     return False

@@ -68,8 +68,8 @@ def clip(text: Any) -> str:
     return str(text)[:NOTE_LENGTH].encode("utf-8", "backslashreplace").decode()
 
 
-# Workflows and handlers take inputs of any type and number and check them in code: one that did not
-# fit a signature would fail not the order but its workflow task, which Temporal retries for ever.
+# Workflows and handlers take inputs of any type and number and check them in code: what did not fit
+# a signature would fail not the order but its workflow task, for ever, or, a signal's, be dropped.
 
 
 @workflow.defn
@@ -135,7 +135,7 @@ class OrderWorkflow:
                     await self._do(step.charge_payment, "CHARGING", undo=step.refund_payment)
                     await self._ship()
                 state = "COMPLETED"
-        except (FailureError, asyncio.CancelledError) as error:
+        except (FailureError, TimeoutError, asyncio.CancelledError) as error:  # what would fail it
             state, failure = self._why(self._halted or error)
         ending = asyncio.create_task(self._settle(state, failure))
         while not ending.done():
@@ -211,7 +211,7 @@ class OrderWorkflow:
                     replace(self._order, address=self._address),
                     id=f"ship-{self._order.order_id}",
                     task_queue=SHIPPING_QUEUE,
-                    # After a reset the child of the run before may still be there.
+                    # After a reset the old child may be there. (A child has no conflict policy.)
                     id_reuse_policy=WorkflowIDReusePolicy.TERMINATE_IF_RUNNING,
                     static_summary=f"Ship to {self._address}",
                 ),
@@ -355,7 +355,7 @@ class OrderWorkflow:
         is_valid, rule = RULES["address"]
         if not is_valid(address):
             return f"address {rule}"
-        if self._state == "SHIPPING" or self._ending:
+        if self._state == "SHIPPING" or self._ending or self._closed:
             return f"too late, the order is {self._state}"
         return ""
 
