@@ -31,6 +31,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
 from typing import Any, NoReturn
 
+if __name__ == "__main__":  # Ctrl+C in the second of imports that follows: no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 from temporalio.client import Client
 from temporalio.converter import DataConverter, DefaultPayloadConverter
 from temporalio.envconfig import ClientConfig
@@ -81,6 +84,14 @@ def make_workers(client: Client, role: str) -> list[Worker]:
 
 async def serve(role: str) -> None:
     """Serve the role's task queues until stopped."""
+    task, loop = asyncio.current_task(), asyncio.get_running_loop()
+    assert task
+
+    def stop(*_: Any) -> None:  # once: a second Ctrl+C would break the stopping off
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        loop.call_soon_threadsafe(task.cancel)
+
+    signal.signal(signal.SIGINT, stop)
     client = await connect()
     workers = make_workers(client, role)
     address = client.service_client.config.target_host
@@ -147,8 +158,7 @@ async def connect() -> Client:
             return await Client.connect(**config)
     except (RuntimeError, ValueError, TimeoutError) as error:
         address = config["target_host"]
-        # That nobody listens we say ourselves.
-        plain = address == DEFAULT_ADDRESS or "tcp connect error" in str(error)
+        plain = "tcp connect error" in str(error)  # that nobody listens we say ourselves
         why = "" if plain else f" ({str(error) or 'no answer'})"
         start = f"to start one at {DEFAULT_ADDRESS}, elsewhere: {command('worker.py')} server"
         sys.exit(f"no Temporal server answers at {address}{why}; {start}")
@@ -381,6 +391,7 @@ def kill_command(pid: int) -> str:
 
 def run_script(main: Callable[[], int | None]) -> None:
     """Run a script; whatever stops it leaves an exit code and no traceback. None: it worked."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed by who started us
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
@@ -431,7 +442,7 @@ def main() -> None:
     store.execute("UPDATE events SET id = id WHERE FALSE")
     try:
         asyncio.run(serve(role))
-    except KeyboardInterrupt:
+    except asyncio.CancelledError:
         say(f"worker {os.getpid()} stopped")
     except ExceptionGroup as failed:
         sys.exit(f"worker {os.getpid()} failed: {printable(failed.exceptions[0])}")
