@@ -139,7 +139,7 @@ def attempt(order: Order, effect: Callable[[], T], doing: str = "", **payload: A
     fault = order.simulate.get(step, "")
     started, ended = time.monotonic(), "ok"
     event = store.begin(order.order_id, step, number, {**payload, "worker": os.getpid()})
-    log.info("%s for %s ... (attempt %d)", doing, order.order_id, number)
+    log.info("%s for %s, attempt %d ...", doing, order.order_id, number)
     try:
         fail_before(order, step, fault)
         result = effect()
@@ -147,7 +147,7 @@ def attempt(order: Order, effect: Callable[[], T], doing: str = "", **payload: A
             wait(SLOW_SECONDS)
     except BaseException as error:
         ended = f"{type(error).__name__}: {error}"
-        log.info("%s for %s failed (attempt %d): %s", doing, order.order_id, number, error)
+        log.info("%s for %s, attempt %d, failed: %s", doing, order.order_id, number, error)
         raise
     finally:
         store.finish(event, ended, time.monotonic() - started)

@@ -305,7 +305,7 @@ def main() -> int:
     """Print the ledger, one order's effects and events, or the audit."""
     parser = argparse.ArgumentParser(description="Show the ledger and the events, or audit them.")
     parser.add_argument("order_id", nargs="?", help="show this order's effects and events")
-    parser.add_argument("--audit", action="store_true", help="check it; exit 1 if it is off")
+    parser.add_argument("--audit", action="store_true", help="check all of it; exit 1 if it is off")
     options, unknown = parser.parse_known_args()
     if unknown:
         parser.exit(2, f"charge_store.py: unknown: {' '.join(map(ascii, unknown))} (see: --help)\n")

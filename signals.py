@@ -9,6 +9,7 @@ import asyncio
 import itertools
 import json
 import shutil
+import signal
 import sys
 import textwrap
 import threading
@@ -19,6 +20,9 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from typing import Any
+
+if __name__ == "__main__":  # Ctrl+C in the second of imports that follows: no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from temporalio.api.enums.v1 import EventType, TimeoutType, WorkflowTaskFailedCause
 from temporalio.client import (
@@ -319,15 +323,17 @@ async def follow(client: Client, order_id: str, tend: Callable[[], Any] | None =
     screen = Screen(plain=tend is not None)
     while description.status == RUNNING:
         try:
-            screen.show(*await picture(handle))
-            await asyncio.sleep(0.2)
-            description = await handle.describe()
-        except RPCError as error:
-            if error.status not in SERVER_DOWN:
+            async with asyncio.timeout(4):  # the SDK repeats a call for up to 10 s
+                screen.show(*await picture(handle))
+                await asyncio.sleep(0.2)
+                description = await handle.describe()
+        except (RPCError, TimeoutError) as error:
+            if isinstance(error, RPCError) and error.status not in SERVER_DOWN:
                 raise
-            screen.show("the server does not answer; it keeps the order, so we wait for it")
+            screen.show("no answer; the server keeps the order, so we wait for it")
         if tend:
             tend()
+    screen.clear()  # it is not so any more
     if description.status != WorkflowExecutionStatus.COMPLETED:
         end = (await persist(lambda: read_history(handle)))[-1]
         sys.exit(f"{handle.id} FAILED: {SENTENCES[end.kind](end)}")
@@ -505,7 +511,7 @@ MARKS = {
     "X": "its worker died",
     "x": "failed",
     "?": "the code failed",
-    "/": "told to stop",
+    "/": "stopped",
     "!": "message",
     ">": "goes on",
     "|": "end",

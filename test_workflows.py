@@ -2077,8 +2077,8 @@ worker 1       -     X
 worker 2          -        /
 worker 3                   ===X charge
 worker 4                        charge ======|
-               X its worker died   / told to
-               stop   | end   - ran the code""",
+               X its worker died   / stopped
+               | end   - ran the code""",
     ),
     "an order goes on: no server, then none again, code that fails, dead workers, not followed": (
         [*timed("wait", 0, 8)[:1], ran(1, 0, "FAILED"), ran(1, 3, "FAILED")],
@@ -2132,8 +2132,8 @@ worker 2         charge ======x  ======/     -
 worker 4                   ===X dispatch
 worker 3                         charge ==|==|
                X its worker died   x failed
-               / told to stop   | end   - ran
-               the code""",
+               / stopped   | end   - ran the
+               code""",
     ),
 }
 
