@@ -7,8 +7,8 @@ each time: no clock, no random numbers, no files, no ledger. All of that is in a
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
@@ -119,7 +119,7 @@ class OrderWorkflow:
         parse_order(raw, workflow.info().workflow_id)  # raises what is wrong with it
         self._story, failure = asyncio.current_task(), None
         try:
-            async with self._deadline():
+            with self._deadline():
                 await self._do(step.receive_order, "RECEIVING", self._first_run)
                 await self._do(step.validate_order, "VALIDATING")
                 await self._do(step.reserve_inventory, "RESERVING", undo=step.release_inventory)
@@ -131,7 +131,7 @@ class OrderWorkflow:
             state = await self._review()
 
             if state == "APPROVED":
-                async with self._deadline():
+                with self._deadline():
                     await self._do(step.charge_payment, "CHARGING", undo=step.refund_payment)
                     await self._ship()
                 state = "COMPLETED"
@@ -170,8 +170,8 @@ class OrderWorkflow:
             if self._story:
                 self._story.cancel()
 
-    @asynccontextmanager
-    async def _deadline(self) -> AsyncIterator[None]:
+    @contextmanager
+    def _deadline(self) -> Iterator[None]:
         """Halt the story when its time is used up, to which reviews and waits do not count."""
         # Not this machine's clock, but the time in the history, which is the same in each replay.
         began, alarm = workflow.time(), asyncio.create_task(self._alarm())
