@@ -55,6 +55,7 @@ from worker import (
     HERE,
     Parser,
     Stage,
+    cancel_on,
     client_config,
     command,
     connect,
@@ -1317,17 +1318,7 @@ def parse_arguments() -> argparse.Namespace:
 
 async def run(options: argparse.Namespace) -> int:
     """Run one command; Ctrl+C, a plain kill and the end of the terminal cancel it, to clean up."""
-    task, loop, stopped_by = asyncio.current_task(), asyncio.get_running_loop(), list[int]()
-
-    def stop(number: int, _: Any) -> None:
-        stopped_by.append(number)
-        if task and not task.done():
-            loop.call_soon_threadsafe(task.cancel)
-
-    # Not asyncio's own handler: at a second Ctrl+C that one breaks off the cleaning up.
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), stop)
+    stopped_by = cancel_on("SIGINT", "SIGTERM", "SIGHUP")
     try:
         return int(await options.run(options) or 0)
     except asyncio.CancelledError:

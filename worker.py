@@ -84,14 +84,7 @@ def make_workers(client: Client, role: str) -> list[Worker]:
 
 async def serve(role: str) -> None:
     """Serve the role's task queues until stopped."""
-    task, loop = asyncio.current_task(), asyncio.get_running_loop()
-    assert task
-
-    def stop(*_: Any) -> None:  # once: a second Ctrl+C would break the stopping off
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        loop.call_soon_threadsafe(task.cancel)
-
-    signal.signal(signal.SIGINT, stop)
+    cancel_on("SIGINT")
     client = await connect()
     workers = make_workers(client, role)
     address = client.service_client.config.target_host
@@ -140,7 +133,6 @@ def client_config() -> dict[str, Any]:
 def be_quiet() -> None:
     """Keep the log lines of the SDK's core from the screen; what is wrong we say ourselves."""
     warnings.filterwarnings("ignore", module="temporalio")
-    warnings.filterwarnings("ignore", "coroutine '_Activity")  # of a worker that is stopped twice
     # Without this pause the SDK can crash while Python exits (sdk-python issue 300).
     atexit.register(time.sleep, 0.1)
     atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)  # a second Ctrl+C in that
@@ -387,6 +379,23 @@ def command(script: str) -> str:
 def kill_command(pid: int) -> str:
     """Spell the command that kills a process at once."""
     return f"taskkill /F /T /PID {pid}" if sys.platform == "win32" else f"kill -9 {pid}"
+
+
+def cancel_on(*names: str) -> list[int]:
+    """Have each of these signals cancel the current task, once; return a list of what has come."""
+    task, loop, came = asyncio.current_task(), asyncio.get_running_loop(), list[int]()
+
+    def stop(number: int, _: Any) -> None:
+        # Not asyncio's own handler: at a second Ctrl+C that one breaks off the cleaning up.
+        signal.signal(number, signal.SIG_IGN)
+        came.append(number)
+        if task and not task.done():
+            loop.call_soon_threadsafe(task.cancel)
+
+    for name in names:
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), stop)
+    return came
 
 
 def run_script(main: Callable[[], int | None]) -> None:
