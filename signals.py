@@ -358,22 +358,24 @@ async def picture(handle: Handle) -> tuple[str, list[str]]:
     activities = (await handle.describe()).raw_description.pending_activities
     attempts = [activity.attempt for activity in activities if activity.attempt > 1]
     headline = state + (f", attempt {attempts[0]}" if attempts else "")
-    if state == "AWAITING_REVIEW":
+    waits = state in ("WAITING", "AWAITING_REVIEW")
+    timer, left = await newest_timer(handle) if waits else ("", 0.0)
+    if timer == "Review by person":
         headline += f"; decide: {see('approve', handle.id)}"
     lines = []
     for at, (step, done) in enumerate(TRACKER.items() if state in TRACKER else ()):
         box = "x" if at < list(TRACKER).index(state) else ">" if step == state else " "
         lines.append(f"    [{box}] {done}")
-        if step == state and state in ("WAITING", "AWAITING_REVIEW"):
-            lines[-1] += f": {await seconds_left(handle):.0f} s left"
+        if step == state and waits:
+            lines[-1] += f": {left:.0f} s left"
     return headline, lines
 
 
-async def seconds_left(handle: Handle) -> float:
-    """Read from the history when the newest timer, the wait's or the review's, will fire."""
-    events = await read_history(handle)
-    fires = [event.at + timer_seconds(event) for event in events if event.kind == "TIMER_STARTED"]
-    return max(0.0, fires[-1] - time.time()) if fires else 0.0
+async def newest_timer(handle: Handle) -> tuple[str, float]:
+    """Read from the history what the newest timer is called, and in how many seconds it fires."""
+    timers = [event for event in await read_history(handle) if event.kind == "TIMER_STARTED"]
+    fires = [event.at + timer_seconds(event) for event in timers]
+    return (timers[-1].name, max(0.0, fires[-1] - time.time())) if timers else ("", 0.0)
 
 
 # The event history in plain sentences.
@@ -521,9 +523,9 @@ MARKS = {
 }
 RANK = " -=~.|>!/?xX"  # where two characters meet, the latter is drawn
 WAITS = ("TIMER_STARTED", "CHILD_WORKFLOW_EXECUTION_STARTED")
-MESSAGES = ("SIGNALED", "UPDATE_ACCEPTED", "CANCEL_REQUESTED")
+MESSAGES = ("SIGNALED", "UPDATE_ACCEPTED", "CANCEL_REQUESTED", "STARTED")
 MOMENTS = {"WORKFLOW_TASK_COMPLETED": "-", "WORKFLOW_TASK_FAILED": "?"}
-MOMENTS |= dict.fromkeys(MESSAGES, "!")
+MOMENTS |= dict.fromkeys(MESSAGES, "!") | {"STARTED": " "}  # where time begins
 DEATHS = {"killed": "X", "stopped": "/"}  # events of who ends workers, with the worker's pid
 
 
@@ -597,7 +599,7 @@ def ledger_bars(rows: list[dict[str, Any]], seen: list[Bar], until: float, now: 
 
 def lanes(bars: list[Bar], columns: int = 79) -> list[str]:
     """Draw an order's life: the time, the lanes with their bars, and what the marks mean."""
-    if not bars:
+    if not any(bar.mark.strip() for bar in bars):
         return ["no worker has taken it up yet"]
     width = max(20, columns - LABEL)
     shortened, column, clock = time_scale(bars, width)
