@@ -152,8 +152,9 @@ async def connect() -> Client:
         address = config["target_host"]
         plain = "tcp connect error" in str(error)  # that nobody listens we say ourselves
         why = "" if plain else f" ({str(error) or 'no answer'})"
-        start = f"to start one at {DEFAULT_ADDRESS}, elsewhere: {command('worker.py')} server"
-        sys.exit(f"no Temporal server answers at {address}{why}; {start}")
+        where = f"to start one at {DEFAULT_ADDRESS}, in another terminal"
+        told = f"no Temporal server answers at {address}{why}; {where}"
+        sys.exit(f"{told}: {command('worker.py')} server")
 
 
 async def is_listening(address: str) -> bool:
