@@ -466,6 +466,7 @@ class Player:
         self.since = time.time()  # the last act
         self.apart = False  # in a contrast
         self.screen = Screen()  # which has the exercise's clock
+        self.keyboard: Keyboard | None = None
 
     async def play(self, exercise: Exercise) -> str:
         """Play an exercise; return `held`, `not shown: ...` or `NOT HELD: ...`."""
@@ -573,8 +574,13 @@ class Player:
             fields["amount_cents"] = fields["amount_cents"] % 100_000_000 + 1
 
     async def ask(self, question: str) -> str:
-        """Let a person answer."""
-        return ""
+        """Let a person answer; q and the end of input leave."""
+        return await self.keyboard.ask(question) if self.keyboard else ""
+
+    async def overhear(self) -> None:
+        """Let go what a person at a terminal types unasked; who leaves has left."""
+        while self.keyboard and sys.stdin.isatty() and await self.keyboard.line(0) is not None:
+            pass
 
     async def prompt(self, question: str, default: str, read: Callable[[str], Any]) -> Any:
         """Ask until the answer can be read; nothing takes the default."""
@@ -615,11 +621,23 @@ class Player:
                 raise Verdict(f"not shown: {over} without it: {words}")
             await asyncio.sleep(0.1)
 
-    async def overhear(self) -> None:
-        """Hear what a person types unasked."""
-
     async def trouble(self) -> str:
-        """Say what a person has to mend."""
+        """Say what is missing: the server, a worker, or code that works."""
+        hint = f"; start it: {command('worker.py')}"
+        if self.apart or not self.by_hand:  # the machine needs no telling
+            return ""
+        if await self.server_is_dead():
+            return f"no server{hint} server"
+        starting = any(worker.poll() is None for worker in self.stage.workers)
+        if not starting and not await self.sees(self.pollers):
+            return f"no worker{hint}"
+        # In exercise 8 none ships, on purpose.
+        for queue in () if starting else QUEUES[: 1 if self.orders else 2]:
+            if not await self.sees(self.pollers, queue):
+                return f"no worker serves {queue}{hint} {queue.removesuffix('-tq')}"
+        for order_id in self.orders:
+            if why := await self.sees(signals.code_failure, self.handle(order_id)):
+                return f"the workflow's code fails: {why}"
         return ""
 
     async def sees(self, sight: Sight, *given: Any) -> Any:
@@ -889,7 +907,7 @@ class Person(Player):
 
     def __init__(self, stage: Stage, ours: bool) -> None:
         super().__init__(stage, ours)
-        self.keyboard = Keyboard()
+        self.keyboard: Keyboard = Keyboard()
         self.parts: list[str] = []
         self.verdicts: dict[int, str] = {}
 
@@ -936,15 +954,6 @@ class Person(Player):
             elsewhere = r"\s*With\s+three\s+terminals:.*" if self.ours else "$"
             print(re.sub(elsewhere, "", self.parts.pop(0), flags=re.DOTALL) + "\n", flush=True)
 
-    async def overhear(self) -> None:
-        """Let go what a person at a terminal types unasked; who leaves has left."""
-        while sys.stdin.isatty() and await self.keyboard.line(0) is not None:
-            pass
-
-    async def ask(self, question: str) -> str:
-        """Ask; q and the end of input leave."""
-        return await self.keyboard.ask(question)
-
     async def do_it(self, act: Act) -> Any:
         """Ask for something, do it on Enter if we can, and go on when it is done."""
         ours = self.ours or not act.elsewhere
@@ -967,25 +976,6 @@ class Person(Player):
                 say(f"{'':10}this is not done yet: {act.elsewhere}", indent=10)
         self.tell(act.told or "it is done")
         self.since = time.time()
-
-    async def trouble(self) -> str:
-        """Say what is missing: the server, a worker, or code that works."""
-        hint = f"; start it: {command('worker.py')}"
-        if self.apart:
-            return ""
-        if await self.server_is_dead():
-            return f"no server{hint} server"
-        starting = any(worker.poll() is None for worker in self.stage.workers)
-        if not starting and not await self.sees(self.pollers):
-            return f"no worker{hint}"
-        # In exercise 8 none ships, on purpose.
-        for queue in () if starting else QUEUES[: 1 if self.orders else 2]:
-            if not await self.sees(self.pollers, queue):
-                return f"no worker serves {queue}{hint} {queue.removesuffix('-tq')}"
-        for order_id in self.orders:
-            if why := await self.sees(signals.code_failure, self.handle(order_id)):
-                return f"the workflow's code fails: {why}"
-        return ""
 
     async def goodbye(self) -> None:
         """Say which orders still run and what becomes of them, and what is still edited."""

@@ -64,7 +64,6 @@ from starter import (
     NO_KEY,
     PATCHED,
     QUEUES,
-    Person,
     Player,
     Verdict,
     sections,
@@ -1116,22 +1115,18 @@ async def test_an_address_changes_until_shipping_and_a_refused_update_leaves_no_
 async def test_an_update_sent_with_its_order_runs_before_the_first_line(stage: Stage) -> None:
     """Of an order that is invalid it is refused, as the order is."""
 
-    async def begin(order_id: str, **fields: Any) -> Handle:
+    async def begin(order_id: str, **fields: Any) -> Any:
         raw = {"order_id": order_id, "deadline_seconds": 600} | TIMED | fields
-        start: WithStartWorkflowOperation[Any, Any] = WithStartWorkflowOperation(
-            "OrderWorkflow",
-            raw,
-            id=order_id,
-            task_queue=ORDERS_QUEUE,
-            id_conflict_policy=WorkflowIDConflictPolicy.FAIL,
-        )
-        answer = await stage.client.execute_update_with_start_workflow(
+        options: dict[str, Any] = {"id": order_id, "task_queue": ORDERS_QUEUE}
+        options["id_conflict_policy"] = WorkflowIDConflictPolicy.FAIL
+        start: Any = WithStartWorkflowOperation("OrderWorkflow", raw, **options)
+        return await stage.client.execute_update_with_start_workflow(
             "update_address", "4 New Street", start_workflow_operation=start
         )
-        assert answer == "4 New Street"
-        return await start.workflow_handle()
 
-    assert (await gather(await begin("more-start"))).ended == "COMPLETED"
+    assert await begin("more-start") == "4 New Street"
+    outcome = await gather(stage.client.get_workflow_handle("more-start"))
+    check(Scenario("COMPLETED", PAID), outcome)
     assert store.events_of("more-start", "dispatch_carrier")[0]["address"] == "4 New Street"
     with pytest.raises(WorkflowUpdateFailedError):
         await begin("more-bad", colour="red")
@@ -1767,10 +1762,10 @@ def test_a_worker_that_serves_one_queue_is_none_for_the_other() -> None:
     player = counting()
     player.pollers = AsyncMock(side_effect=lambda *queues: [1] * (SHIPPING_QUEUE not in queues))
     player.server_is_dead = AsyncMock(return_value=False)
-    player.ours, player.orders = False, {}
+    player.ours, player.orders, player.by_hand = False, {}, True
     for role, serves in ("orders", True), ("shipping", False), ("all", False):
         assert within(player.newcomer(role, set())) is serves
-    told = within(Person.trouble(player))
+    told = within(player.trouble())
     assert re.match(f"no worker serves {SHIPPING_QUEUE}; start it: .*worker.py shipping", told)
     within(player.start(restart=True))
     assert player.do_it.await_args.args[0].elsewhere.startswith("Ctrl+C on worker 1, then ")
