@@ -536,7 +536,7 @@ async def seen(condition: Callable[..., Any], *given: Any) -> None:
             holds = condition(*given)
             if await holds if asyncio.iscoroutine(holds) else holds:
                 return
-            await asyncio.sleep(0.2)
+            await asyncio.sleep(0.4)  # each look costs a busy machine some ms
 
 
 def until(condition: Callable[..., Any], *given: Any) -> None:
