@@ -203,10 +203,12 @@ def perform(order: Order, kind: str, key: str) -> dict[str, Any]:
 
 
 def write(order: Order, notes: list[dict[str, Any]]) -> None:
-    """Write notes, each once, however often we are asked; all but its type is its payload."""
+    """Write notes, each once a run, however often we are asked; all but its type is its payload."""
+    run = {"run": activity.info().workflow_run_id}  # after a reset their numbers begin at 1 again
     for note in notes:
         activity.heartbeat()
-        store.note(order.order_id, note["type"], {k: v for k, v in note.items() if k != "type"})
+        payload = {name: value for name, value in note.items() if name != "type"}
+        store.note(order.order_id, note["type"], payload | run)
 
 
 def charge(order: Order) -> dict[str, Any]:
@@ -294,15 +296,14 @@ def release_inventory(order: Order) -> str:
 
 @in_thread
 def record_decision(order: Order, notes: list[dict[str, Any]]) -> None:
-    """Write down what people asked for, of each run: after a reset numbers begin at 1 again."""
-    run = {"run": activity.info().workflow_run_id}
-    attempt(order, lambda: write(order, [note | run for note in notes]))
+    """Write down what people asked for."""
+    attempt(order, lambda: write(order, notes))
 
 
 @in_thread
 def record_outcome(order: Order, outcome: dict[str, Any]) -> None:
     """Write down how this run ended: an order that was reset has an outcome for each."""
-    note = {"type": "outcome", "run": activity.info().workflow_run_id, **outcome}
+    note = {"type": "outcome", **outcome}
     attempt(order, lambda: write(order, [note]), f"recording {outcome['state']}")
 
 
