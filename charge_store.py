@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 SCHEMA = """
+PRAGMA journal_mode = WAL;
 CREATE TABLE IF NOT EXISTS effects (
     kind TEXT, idempotency_key TEXT, order_id TEXT, customer_id TEXT, amount_cents INTEGER,
     status TEXT, requests INTEGER, created_at REAL, PRIMARY KEY (kind, idempotency_key)
@@ -167,16 +168,15 @@ def audit() -> tuple[int, list[str]]:
 
     A charge alone has no outcome; like an order that still runs it may have one effect of a kind.
     """
-    outcomes = {}  # of an order that was reset, the last run's stays
-    for row in execute("SELECT * FROM events WHERE type = 'outcome' ORDER BY id"):
-        outcomes[row["order_id"]] = json.loads(row["payload_json"])["state"]
-    counted = Counter((row["order_id"], row["status"]) for row in execute("SELECT * FROM effects"))
     orders = execute(
         "SELECT order_id FROM events WHERE type != 'held' UNION SELECT order_id FROM effects"
     )
+    states = {row["order_id"]: "unfinished" for row in orders}
+    for row in execute("SELECT * FROM events WHERE type = 'outcome' ORDER BY id"):
+        states[row["order_id"]] = json.loads(row["payload_json"])["state"]  # the last run's stays
+    counted = Counter((row["order_id"], row["status"]) for row in execute("SELECT * FROM effects"))
     violations = []
-    for order_id in (row["order_id"] for row in orders):
-        state = outcomes.get(order_id, "unfinished")
+    for order_id, state in states.items():
         allowed = {"COMPLETED": [1], "unfinished": [0, 1]}.get(state, [0])
         for kind, status in IN_FORCE.items():
             if (found := counted[order_id, status]) not in allowed:
@@ -188,8 +188,9 @@ def audit() -> tuple[int, list[str]]:
 
 # The file.
 
-# How long to wait for our other threads, and then for other writers, before the attempt fails, for
-# Temporal to repeat it. Temporal gives a silent attempt up after 1 s: HEARTBEAT in workflows.py.
+# A statement that meets others who write, or open the file, is repeated for so long; then the
+# attempt fails, for Temporal to repeat it. (Nobody waits inside SQLite: one who did would hold up
+# all threads.) Temporal gives a silent attempt up after 1 s: HEARTBEAT in workflows.py.
 PATIENCE_SECONDS = 1
 _turn = threading.RLock()
 _opened: dict[tuple[Path, int], sqlite3.Connection] = {}  # at most one, by file name and inode
@@ -206,18 +207,36 @@ def execute(statement: str, *values: Any, synchronous: str = "FULL") -> list[dic
     FULL: what was answered is on disk, even if the power fails. NORMAL, for what is written about
     attempts: safe from kill -9, and on disk with the next FULL (12 % less CPU an order).
     """
-    if not _turn.acquire(timeout=PATIENCE_SECONDS):
-        raise sqlite3.OperationalError("database is locked")
-    try:
-        path = store_path()
-        if not path.exists() or (path, path.stat().st_ino) not in _opened:
-            close()  # CHARGE_STORE names another one, or somebody deleted this one
-            _open(path)
-        [connection] = _opened.values()
-        connection.execute(f"PRAGMA synchronous = {synchronous}")
-        return [dict(row) for row in connection.execute(statement, values).fetchall()]
-    finally:
-        _turn.release()
+    until = time.monotonic() + PATIENCE_SECONDS
+    while True:
+        try:
+            with _turn:
+                connection = _connect()
+                connection.execute(f"PRAGMA synchronous = {synchronous}")
+                return [dict(row) for row in connection.execute(statement, values).fetchall()]
+        except sqlite3.OperationalError as error:  # nothing of the statement happened
+            if "locked" not in str(error) or time.monotonic() > until:
+                raise
+        time.sleep(0.01)
+
+
+def _connect() -> sqlite3.Connection:
+    """Return the connection of all threads; open the file and make what is missing in it."""
+    path = store_path()
+    if not path.exists() or (path, path.stat().st_ino) not in _opened:
+        close()  # CHARGE_STORE names another one, or somebody deleted this one
+        if sqlite3.sqlite_version_info < (3, 35):
+            sys.exit(f"SQLite {sqlite3.sqlite_version} is too old, the ledger needs 3.35 or newer")
+        connection = sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False)
+        _opened[path, 0] = connection  # not ready yet
+        connection.row_factory = sqlite3.Row
+        connection.executescript(SCHEMA)
+        # What a killed process wrote last may not be on disk, and its repetition, which changes no
+        # row, would not put it there: flush now.
+        connection.execute("PRAGMA wal_checkpoint").fetchone()
+        _opened[path, path.stat().st_ino] = _opened.pop((path, 0))
+    [connection] = _opened.values()
+    return connection
 
 
 @atexit.register
@@ -226,28 +245,6 @@ def close() -> None:
     with _turn:
         while _opened:
             _opened.popitem()[1].close()
-
-
-def _open(path: Path) -> None:
-    """Open a store and make what is missing in it, however many processes do so at once."""
-    if sqlite3.sqlite_version_info < (3, 35):
-        sys.exit(f"SQLite {sqlite3.sqlite_version} is too old, the ledger needs 3.35 or newer")
-    connection = sqlite3.connect(
-        path, timeout=PATIENCE_SECONDS, isolation_level=None, check_same_thread=False
-    )
-    connection.row_factory = sqlite3.Row
-    until = time.monotonic() + PATIENCE_SECONDS
-    while connection.execute("PRAGMA journal_mode").fetchone()[0] != "wal":
-        try:
-            connection.execute("PRAGMA journal_mode = WAL")
-        except sqlite3.OperationalError:  # SQLite does not wait for the lock of this switch
-            if time.monotonic() > until:
-                raise
-            time.sleep(0.01)
-    connection.executescript(SCHEMA)
-    # What a killed process wrote last may not be on disk; its repetition changes no row: flush now.
-    connection.execute("PRAGMA wal_checkpoint").fetchone()
-    _opened[path, path.stat().st_ino] = connection
 
 
 # What it says.
