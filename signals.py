@@ -358,24 +358,19 @@ async def picture(handle: Handle) -> tuple[str, list[str]]:
     activities = (await handle.describe()).raw_description.pending_activities
     attempts = [activity.attempt for activity in activities if activity.attempt > 1]
     headline = state + (f", attempt {attempts[0]}" if attempts else "")
-    waits = state in ("WAITING", "AWAITING_REVIEW")
-    timer, left = await newest_timer(handle) if waits else ("", 0.0)
-    if timer == "Review by person":
+    timer = None
+    if state in ("WAITING", "AWAITING_REVIEW"):
+        timers = [event for event in await read_history(handle) if event.kind == "TIMER_STARTED"]
+        timer = timers[-1] if timers else None
+    if timer and timer.name == "Review by person":
         headline += f"; decide: {see('approve', handle.id)}"
     lines = []
     for at, (step, done) in enumerate(TRACKER.items() if state in TRACKER else ()):
         box = "x" if at < list(TRACKER).index(state) else ">" if step == state else " "
         lines.append(f"    [{box}] {done}")
-        if step == state and waits:
-            lines[-1] += f": {left:.0f} s left"
+        if timer and step == state:
+            lines[-1] += f": {max(0, timer.at + timer_seconds(timer) - time.time()):.0f} s left"
     return headline, lines
-
-
-async def newest_timer(handle: Handle) -> tuple[str, float]:
-    """Read from the history what the newest timer is called, and in how many seconds it fires."""
-    timers = [event for event in await read_history(handle) if event.kind == "TIMER_STARTED"]
-    fires = [event.at + timer_seconds(event) for event in timers]
-    return (timers[-1].name, max(0.0, fires[-1] - time.time())) if timers else ("", 0.0)
 
 
 # The event history in plain sentences.
