@@ -40,6 +40,7 @@ from temporalio.api.enums import v1 as enums
 from temporalio.api.history.v1 import HistoryEvent
 from temporalio.api.workflowservice import v1 as requests
 from temporalio.client import (
+    Client,
     WithStartWorkflowOperation,
     WorkflowFailureError,
     WorkflowHistory,
@@ -63,11 +64,11 @@ from starter import (
     NAMES,
     NO_KEY,
     PATCHED,
-    QUEUES,
     Player,
     Verdict,
     sections,
     stands,
+    start,
 )
 from worker import (
     HERE,
@@ -118,11 +119,11 @@ def exercises(
 def stage(request: pytest.FixtureRequest) -> Iterator[Stage]:
     """Set a stage with a server, a worker and a ledger; at the end the audit must be clean.
 
-    The server is the one of docker-compose.yml, with a second namespace.
+    The server is the one of docker-compose.yml, with a namespace for each wing.
     """
     ours = Stage.server_command
     with asyncio.Runner() as runner, pytest.MonkeyPatch.context() as patch:
-        more = ["--ip", "127.0.0.1", "--namespace", "other"]
+        more = ["--ip", "127.0.0.1", *(f"--namespace={name}" for name in NAMESPACES)]
         composed = [temporal_binary(), *composed_arguments()]
         patch.setattr(Stage, "server_command", lambda stage: [*composed, *ours(stage)[3:], *more])
         context = private_stage()
@@ -220,9 +221,9 @@ def within(work: Any, seconds: float = LONG) -> Any:
     return asyncio.run(asyncio.wait_for(work, seconds))
 
 
-def changed_copy(folder: Path, file: str, text: str, instead: str) -> Path:
+def changed_copy(folder: Path, file: str, text: str, instead: str, of: Path = HERE) -> Path:
     """Copy our files with one text in one of them changed."""
-    shutil.copytree(HERE, folder, ignore=shutil.ignore_patterns(".*", "*.db*"))
+    shutil.copytree(of, folder, ignore=shutil.ignore_patterns(".*", "*.db*"))
     source = (folder / file).read_text(encoding="utf-8")
     if source.count(text) != 1:
         raise AssertionError(f"{file} has {text!r} {source.count(text)} times")
@@ -230,26 +231,27 @@ def changed_copy(folder: Path, file: str, text: str, instead: str) -> Path:
     return folder
 
 
+NAMESPACES = [f"wing-{number}" for number in range(13)]  # that are free
+
+
 class Wing(Stage):
-    """A part of the stage with task queues, workers and, if wanted, a ledger of its own."""
+    """A namespace of the stage's server, with workers and, if wanted, a ledger of its own."""
 
     def __init__(self, stage: Stage, name: str, own_ledger: bool = False) -> None:
-        """Copy our scripts with other names of the queues."""
+        """Take a namespace that is free."""
         super().__init__(stage.folder / name, stage.port, stage.folder / f"{name}.log")
-        self.main, self.client = stage, stage.client
-        self.queues = [f"{name}-orders-tq", f"{name}-shipping-tq"]
-        new, old = (", ".join(f'"{q}"' for q in queues) for queues in (self.queues, QUEUES))
-        changed_copy(self.folder, "workflows.py", old, new)
-        self.code, self.store = self.folder, self.folder / "charge_store.db"
-        self.variables = {"CHARGE_STORE": str(self.store)} if own_ledger else {}
+        self.folder.mkdir()
+        self.client = Client(stage.client.service_client, namespace=NAMESPACES.pop())
+        self.main, self.store = stage, (self if own_ledger else stage).folder / "charge_store.db"
 
     def environment(self) -> dict[str, str]:
-        """Have a process use this wing's variables too."""
-        return super().environment() | self.variables
+        """Move a process to this wing, by the environment alone."""
+        ours = {"TEMPORAL_NAMESPACE": self.client.namespace, "CHARGE_STORE": str(self.store)}
+        return super().environment() | ours
 
     def run(self, script: str, *words: str) -> Done:
         """Run a command of this wing."""
-        return run(script, *words, code=self.folder, **self.variables)
+        return run(script, *words, code=self.code, **self.environment())
 
     def start_worker(self, role: str = "all") -> subprocess.Popen[bytes]:
         """Start a worker that serves this wing alone and dies with the stage."""
@@ -446,14 +448,7 @@ async def place(stage: Stage, message: str = "", *given: Any, **fields: Any) -> 
     """Place a patient order, with a message if there is one."""
     raw = {"order_id": f"test-{uuid.uuid4().hex[:12]}", "deadline_seconds": 600, "max_attempts": 0}
     raw |= fields
-    await stage.client.start_workflow(
-        "OrderWorkflow",
-        raw,
-        id=str(raw["order_id"]),
-        task_queue=stage.queues[0] if isinstance(stage, Wing) else ORDERS_QUEUE,
-        start_signal=message or None,
-        start_signal_args=given,
-    )
+    await start(stage.client, raw, start_signal=message or None, start_signal_args=given)
     return stage.client.get_workflow_handle(str(raw["order_id"]))  # of its newest run
 
 
@@ -771,9 +766,8 @@ def test_each_history_replays_and_each_prefix_of_some(
 async def test_a_timeout_that_our_code_raises_undoes_the_order_too(stage: Stage) -> None:
     """To Temporal it is a failure of the workflow, as an ApplicationError is."""
     wing = Wing(stage, "timeout")
-    script = wing.folder / "workflows.py"
-    raises = script.read_text(encoding="utf-8").replace(BUG[1], "        raise TimeoutError\n")
-    script.write_text(raises, encoding="utf-8")
+    raises = "        raise TimeoutError\n"
+    wing.code = changed_copy(wing.folder / "code", "workflows.py", BUG[1], raises)
     wing.start_worker()
     check(Scenario("OrderGivenUp", UNPAID), await gather(await place(wing)))
 
@@ -802,13 +796,14 @@ async def test_a_stop_stops_the_shipping_before_anything_is_undone(stage: Stage)
 async def test_a_stop_is_obeyed_that_comes_together_with_a_steps_answer(stage: Stage) -> None:
     """Both reach the workflow in one task: the `await` has the answer and drops the stop."""
     wing, threads = Wing(stage, "together"), ThreadPoolExecutor(4)
-    serving = partial(Worker, stage.client, task_queue=wing.queues[0])
+    serving = partial(Worker, wing.client, task_queue=ORDERS_QUEUE)
     deciding = partial(serving, workflows=[OrderWorkflow])
     doing = partial(serving, activities=ORDER_STEPS, activity_executor=threads)
+    wing.start_worker("shipping")
     shipped = await place(wing, "approve", **simulate(prepare_package="slow"))
     async with deciding(), doing():
         await reach(shipped, "prepare_package")
-    await stage.client.get_workflow_handle(f"ship-{shipped.id}").terminate()
+    await wing.client.get_workflow_handle(f"ship-{shipped.id}").terminate()
     await shipped.cancel()
     late, *cancelled = [await place(wing, deadline_seconds=seconds) for seconds in (5, 600, 600)]
 
@@ -822,7 +817,7 @@ async def test_a_stop_is_obeyed_that_comes_together_with_a_steps_answer(stage: S
     async with doing():
         await pending(0)
     for handle, way in zip(cancelled, ("cancel", "CANCEL"), strict=True):
-        await send(stage, handle, way)
+        await send(wing, handle, way)
     await asyncio.sleep(5)
     async with deciding(), doing():
         outcomes = [await gather(handle) for handle in (shipped, late, *cancelled)]
@@ -1180,12 +1175,12 @@ async def test_an_order_that_code_with_other_defaults_received_is_like_any_other
     for handle in (cancelled, again):
         await seen(lambda order_id: "charge" in ledger(order_id), handle.id)
     wing.kill_worker(worker)
-    code = (wing.folder / "activities.py").read_text(encoding="utf-8")
-    code = code.replace('{"person": 30', '{"person": 31').replace('"1 Main Street"', '"2 Main"')
-    (wing.folder / "activities.py").write_text(code, encoding="utf-8")
+    changed = partial(changed_copy, file="activities.py")
+    wing.code = changed(wing.folder / "a", text='{"person": 30', instead='{"person": 31')
+    wing.code = changed(wing.folder / "b", text='"1 Main Street"', instead='"2 Main"', of=wing.code)
     wing.start_worker()
     await cancelled.signal("cancel")
-    await reset(stage, again, forget=False)
+    await reset(wing, again, forget=False)
     check(Scenario("CANCELLED", REFUNDED), await gather(cancelled))
     check(Scenario("COMPLETED", PAID), await gather(again))
 
@@ -1522,8 +1517,8 @@ async def test_without_a_worker_a_signal_is_kept_and_a_question_is_given_up(stag
     worker = wing.start_worker()
     answers(wing.run("signals.py", "watch", "new"), 0, "new COMPLETED")
     answers(wing.run("charge_store.py", "--audit"), 0, "audit: 1 orders, clean")
-    outsider: dict[str, Any] = {"id": "ship-unpaid", "task_queue": wing.queues[1]}
-    await stage.client.execute_workflow("ShippingWorkflow", {"order_id": "unpaid"}, **outsider)
+    outsider: dict[str, Any] = {"id": "ship-unpaid", "task_queue": SHIPPING_QUEUE}
+    await wing.client.execute_workflow("ShippingWorkflow", {"order_id": "unpaid"}, **outsider)
     audit = wing.run("charge_store.py", "--audit")
     assert audit.returncode == 1 and "unpaid" in audit.stdout + audit.stderr
     stuck = ["order", "stuck", *LASTING, "--simulate", "receive_order=down"]
@@ -1671,15 +1666,6 @@ def test_docker_compose_starts_the_server_with_the_flags_of_the_scripts() -> Non
     assert [word for word in composed_arguments() if word in flags] == flags
 
 
-def test_the_environment_alone_moves_everything_to_another_namespace(stage: Stage) -> None:
-    wing = Wing(stage, "elsewhere")
-    wing.variables["TEMPORAL_NAMESPACE"] = "other"
-    wing.start_worker()
-    answers(wing.run("starter.py", "order", "elsewhere", *QUICK), 0, "elsewhere COMPLETED")
-    answers(wing.run("signals.py", "status", "elsewhere"), 0, "COMPLETED")
-    answers(signals("status", "elsewhere"), 1, "unknown order")
-
-
 def test_the_readmes_curl_commands_take_an_order_to_its_end(stage: Stage) -> None:
     section = README.split("\n## The same with `curl`\n")[1].split("\n## ")[0]
     script = "\necho\n".join(re.findall(r"```bash\n(.*?)```", section, re.DOTALL))
@@ -1814,15 +1800,13 @@ class Terminal:
     """The starter in a pseudo-terminal: read until it says something, type."""
 
     def __init__(self, folder: Path, **environment: str) -> None:
-        """Start it from a copy of our scripts, which has the ledger beside it."""
+        """Start it; if no other is named, the ledger stands beside the scripts."""
         self.text, (self.master, slave) = "", os.openpty()
-        ours = ("TEMPORAL_", "CHARGE_STORE")
-        kept = {name: v for name, v in os.environ.items() if not name.startswith(ours)}
-        kept |= {"COLUMNS": "80", "LINES": "24", "TEMPORAL_CONFIG_FILE": os.devnull}
+        alone = {"COLUMNS": "80", "LINES": "24", "TEMPORAL_ADDRESS": "", "CHARGE_STORE": ""}
         self.process = subprocess.Popen(
             [sys.executable, "starter.py"],
             cwd=folder,
-            env=kept | environment,
+            env=os.environ | alone | environment,
             preexec_fn=partial(os.login_tty, slave),
         )
         os.close(slave)
@@ -1871,7 +1855,7 @@ def apart(folder: Path) -> Path:
 def guided(wing: Wing) -> Terminal:
     """Begin where a server and a worker are there."""
     wing.start_worker()
-    return Terminal(wing.folder, TEMPORAL_ADDRESS=wing.address)
+    return Terminal(HERE, **wing.environment())
 
 
 def leave(terminal: Terminal, typed: bytes) -> int:
@@ -1979,7 +1963,8 @@ def test_a_second_worker_that_nobody_thought_of_is_named(stage: Stage) -> None:
 @side_by_side
 async def test_a_worker_that_cannot_start_says_why_and_is_not_waited_for(stage: Stage) -> None:
     wing = Wing(stage, "unable")
-    (wing.folder / "worker.py").write_text("print('this is why'); raise SystemExit(2)")
+    wing.code = wing.folder
+    (wing.code / "worker.py").write_text("print('this is why'); raise SystemExit(2)")
     wing.start_worker().wait()
     with pytest.raises(Verdict, match="not shown: no worker can start: this is why"):
         await Player(wing).served()
