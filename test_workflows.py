@@ -203,7 +203,7 @@ def begun(stage: Stage, request: pytest.FixtureRequest) -> dict[str, Future[Any]
     results: dict[str, Future[Any]] = {}
     for works in (SIDE_BY_SIDE, BY_HAND):
         # With fewer at once two cores would idle, with more orders would be late for slow steps.
-        with ThreadPoolExecutor(5) as pool:
+        with ThreadPoolExecutor(4) as pool:
             results |= {n: pool.submit(do, work) for n, work in works.items() if n in needed}
     return results
 
@@ -223,17 +223,18 @@ def changed_copy(folder: Path, file: str, text: str, instead: str, of: Path = HE
     return folder
 
 
-NAMESPACES = [f"wing-{number}" for number in range(12)]  # that are free
+NAMESPACES = [f"wing-{number}" for number in range(12)]  # of the server; each wing takes one
 
 
 class Wing(Stage):
     """A namespace of the stage's server, with workers and, if wanted, a ledger of its own."""
 
-    def __init__(self, stage: Stage, name: str, own_ledger: bool = False) -> None:
-        """Take a namespace that is free."""
+    def __init__(self, stage: Stage, own_ledger: bool = False) -> None:
+        """Take a namespace, which no other has."""
+        name = NAMESPACES.pop()
         super().__init__(stage.folder / name, stage.port, stage.folder / f"{name}.log")
         self.folder.mkdir()
-        self.client = Client(stage.client.service_client, namespace=NAMESPACES.pop())
+        self.client = Client(stage.client.service_client, namespace=name)
         self.main, self.store = stage, (self if own_ledger else stage).folder / "charge_store.db"
 
     def environment(self) -> dict[str, str]:
@@ -569,7 +570,7 @@ async def play_all(stage: Stage, scenarios: dict[str, Scenario], at_once: int) -
 @side_by_side
 async def played(stage: Stage) -> dict[str, Any]:
     """Play all scenarios and faults; what kills workers, in a wing in which each is revived."""
-    wing = Wing(stage, "crashed")
+    wing = Wing(stage)
     for _ in range(3):  # the fewer there are, the more orders each death holds up
         wing.start_worker()
     playing = asyncio.gather(play_all(stage, SCENARIOS | FAULTY, 20), play_all(wing, CRASHES, 11))
@@ -741,7 +742,7 @@ def test_each_history_replays_and_each_prefix_of_some(played: dict[str, Any]) ->
 @side_by_side
 async def test_a_timeout_that_our_code_raises_undoes_the_order_too(stage: Stage) -> None:
     """To Temporal it is a failure of the workflow, as an ApplicationError is."""
-    wing = Wing(stage, "timeout")
+    wing = Wing(stage)
     raises = "        raise TimeoutError\n"
     wing.code = changed_copy(wing.folder / "code", "workflows.py", BUG[1], raises)
     wing.start_worker()
@@ -771,7 +772,7 @@ async def test_a_stop_stops_the_shipping_before_anything_is_undone(stage: Stage)
 @side_by_side
 async def test_a_stop_is_obeyed_that_comes_together_with_a_steps_answer(stage: Stage) -> None:
     """Both reach the workflow in one task: the `await` has the answer and drops the stop."""
-    wing, threads = Wing(stage, "together"), ThreadPoolExecutor(4)
+    wing, threads = Wing(stage), ThreadPoolExecutor(4)
     serving = partial(Worker, wing.client, task_queue=ORDERS_QUEUE)
     deciding = partial(serving, workflows=[OrderWorkflow])
     doing = partial(serving, activities=ORDER_STEPS, activity_executor=threads)
@@ -1140,7 +1141,7 @@ async def test_a_second_order_on_one_payment_id_leaves_the_first_its_charge(stag
 async def test_an_order_that_code_with_other_defaults_received_is_like_any_other(
     stage: Stage,
 ) -> None:
-    wing = Wing(stage, "older")
+    wing = Wing(stage)
     worker = wing.start_worker()
     cancelled = await place(wing, "approve", **SLOW_CHARGE)
     again = await place(wing, "approve", **SLOW_CHARGE)
@@ -1218,7 +1219,7 @@ def check_flood(outcome: Outcome, sent: int) -> None:
 
 @side_by_side
 async def test_an_order_outlives_the_messages_that_come_while_no_worker_lives(stage: Stage) -> None:
-    wing = Wing(stage, "buffered")
+    wing = Wing(stage)
     handle = await place(wing, "approve", "first", review_seconds=600)
     await flood(handle, 420, MIX)
     wing.start_worker()
@@ -1229,7 +1230,7 @@ async def test_an_order_outlives_the_messages_that_come_while_no_worker_lives(st
 
 @side_by_side
 async def test_an_order_outlives_the_messages_that_come_around_a_death(stage: Stage) -> None:
-    wing = Wing(stage, "live")
+    wing = Wing(stage)
     worker = wing.start_worker()
     handle = await place(wing, review_seconds=600)
     await reach(handle, "AWAITING_REVIEW")
@@ -1252,7 +1253,7 @@ async def test_an_order_outlives_the_messages_that_come_around_a_death(stage: St
 @side_by_side
 async def test_after_a_death_in_the_review_nobody_waits_for_temporals_10_s(stage: Stage) -> None:
     """And a death while the child runs."""
-    wing = Wing(stage, "heir")
+    wing = Wing(stage)
     worker = wing.start_worker()
     slow = simulate(prepare_package="slow")
     handle = await place(wing, review_seconds=600, **slow)
@@ -1465,8 +1466,8 @@ def test_what_stops_a_script_is_said_in_one_line(_: Stage) -> None:
 
 @side_by_side
 async def test_without_a_worker_a_signal_is_kept_and_a_question_is_given_up(stage: Stage) -> None:
-    """And then: a worker that stops in good order, and a package that nobody paid for."""
-    wing = Wing(stage, "alone", own_ledger=True)
+    """In another namespace, by the environment alone. Then: a worker stops, a package is unpaid."""
+    wing = Wing(stage, own_ledger=True)
     answers(wing.run("starter.py", "order", "new", *LASTING), 0, "no worker answers; start one")
     answers(wing.run("signals.py", "history", "new"), 0, "no worker has taken it up yet")
     answers(wing.run("signals.py", "status", "new"), 1, "no worker answers; start one")
@@ -1489,7 +1490,7 @@ async def test_without_a_worker_a_signal_is_kept_and_a_question_is_given_up(stag
 
 @side_by_side
 def test_a_locked_ledger_is_outlived_and_keeps_nobody_who_leaves(stage: Stage) -> None:
-    wing = Wing(stage, "locked", own_ledger=True)
+    wing = Wing(stage, own_ledger=True)
     order = ["order", "locked", *LASTING, *TIMER]
     worker = wing.start_worker()
     until(lambda: "serves" in wing.log())
@@ -1844,7 +1845,7 @@ def test_enter_all_the_way_plays_exercise_1_and_its_crash_is_real(stage: Stage) 
 
 @by_hand
 def test_exercise_2_sees_what_a_person_does_in_other_terminals(stage: Stage) -> None:
-    wing = Wing(stage, "hands", own_ledger=True)
+    wing = Wing(stage, own_ledger=True)
     wing.start_worker()
     terminal = Terminal(HERE, **wing.environment())
     terminal.play((r"q \[1\]: ", "2"), ("Enter begins: ", ""))
@@ -1878,7 +1879,7 @@ def test_ctrl_c_in_the_middle_of_a_wait_leaves_nothing_behind(stage: Stage) -> N
 @by_hand
 def test_what_showed_nothing_is_not_explained_and_is_offered_again(stage: Stage) -> None:
     """What came too late, and what a second worker did of which nobody thought: it is named."""
-    wing = Wing(stage, "shown-nothing", own_ledger=True)
+    wing = Wing(stage, own_ledger=True)
     wing.start_worker()
     terminal = Terminal(HERE, **wing.environment())
     terminal.play((r"q \[1\]: ", "charge"), ("Enter begins: ", ""))
@@ -1899,7 +1900,7 @@ def test_what_showed_nothing_is_not_explained_and_is_offered_again(stage: Stage)
 
 @side_by_side
 async def test_a_worker_that_cannot_start_says_why_and_is_not_waited_for(stage: Stage) -> None:
-    wing = Wing(stage, "unable")
+    wing = Wing(stage)
     wing.code = wing.folder
     (wing.code / "worker.py").write_text("print('this is why'); raise SystemExit(2)")
     wing.start_worker().wait()
