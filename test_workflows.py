@@ -1789,11 +1789,14 @@ class Terminal:
             self.type(answer)
 
     def close(self) -> int:
-        """Wait for the program's end, read what it said, and return its exit code."""
-        code = self.process.wait(LONG)
+        """Read until the program's end, and return its exit code."""
+        end = time.monotonic() + LONG
+        while self.process.poll() is None:
+            assert time.monotonic() < end, self.text[-2000:]
+            self.read()
         self.read()
         os.close(self.master)
-        return code
+        return self.process.returncode
 
 
 def apart(folder: Path) -> Path:
