@@ -23,7 +23,6 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager, suppress
-from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -427,6 +426,12 @@ def stands(folder: Path, *texts: str) -> bool:
     return any(text in script for text in texts)
 
 
+def is_whole(folder: Path) -> bool:
+    """Tell whether the workflows.py there has no line of exercise 9 or 11, and lacks none."""
+    left = stands(folder, BUG[2], CHECKED[2], PATCH.strip())
+    return not left and stands(folder, ENTER) and stands(folder, REVIEW)
+
+
 # The players.
 
 
@@ -438,18 +443,6 @@ class Verdict(Exception):
 
 
 Sight = Callable[..., Any]  # tells, perhaps only when awaited, whether something is to be seen
-
-
-@dataclass
-class Act:
-    """Something to be done, by us or by a person elsewhere, and how to see that it was done."""
-
-    enter: str  # what Enter does, "kills worker 4711"
-    told: str  # what is said when it is done; empty: the last line of what it said itself
-    do: Callable[[], Awaitable[Any]]
-    typed: str = ""  # what a person may type elsewhere instead
-    elsewhere: str = ""  # what a person must do elsewhere, if the stage is not ours
-    done: Sight = lambda: False  # sees it done elsewhere
 
 
 class Player:
@@ -730,12 +723,16 @@ class Player:
 
     # What is done. Each of these is one **Do.** of README.md.
 
-    async def do_it(self, act: Act) -> Any:
-        """Do something and tell it."""
-        did = await act.do()
-        self.tell(act.told or str(did).splitlines()[-1])
+    async def turn(
+        self, enter: str, done: Sight, *given: Any, typed: str = "", elsewhere: str = ""
+    ) -> bool:
+        """Tell whether it is ours to do what Enter does for a person; not if it is seen done."""
+        return True
+
+    def did(self, words: str) -> None:
+        """Tell what was done; what should follow is timed from here."""
+        self.tell(words)
         self.since = time.time()
-        return did
 
     async def kill(self, hard: bool = True) -> None:
         """Kill the worker that has the newest order, or stop it, as Ctrl+C does."""
@@ -743,11 +740,11 @@ class Player:
         attempts = store.events_of(list(self.orders)[-1], "charge_payment")
         pid = attempts[-1]["worker"] if attempts else min(living, default=0)
         self.show(pid in living, "the worker that has the order is dead, or not on this machine")
-        does, done = ("kills", "is dead") if hard else ("stops", "has stopped")
-        act = Act(f"{does} worker {pid}", f"worker {pid} {done}", partial(self.end, pid, hard))
-        act.typed = kill_command(pid) if hard else f"kill -INT {pid}"
-        act.done = lambda: not is_process(pid)
-        await self.do_it(act)
+        does, is_now = ("kills", "is dead") if hard else ("stops", "has stopped")
+        typed = kill_command(pid) if hard else f"kill -INT {pid}"
+        if await self.turn(f"{does} worker {pid}", lambda: not is_process(pid), typed=typed):
+            await self.end(pid, hard)
+        self.did(f"worker {pid} {is_now}")
         self.note("killed" if hard else "stopped", worker=pid)
         await self.expect_alone()
 
@@ -765,58 +762,49 @@ class Player:
     async def start(self, role: str = "all", restart: bool = False) -> None:
         """Start a worker; restart: when all others are stopped, as by Ctrl+C."""
         before = set(await self.pollers())
-        to_stop = before if restart else ()
-
-        async def do() -> None:
-            for pid in to_stop:
+        only = "" if role == "all" else f" {role}"
+        enter, typed = f"starts another{only} worker", command("worker.py") + only
+        if restart and before:
+            enter = "restarts the worker" + (f", for{only} only" if only else "")
+            typed = f"Ctrl+C on worker {', '.join(map(str, sorted(before)))}, then {typed}"
+        if await self.turn(enter, self.newcomer, role, before, restart, elsewhere=typed):
+            for pid in before if restart else ():
                 await self.end(pid, hard=False)
             self.stage.start_worker(role)
-
-        only = "" if role == "all" else f" {role}"
-        act = Act(f"starts another{only} worker", "a new worker starts", do)
-        act.elsewhere = command("worker.py") + only
-        if to_stop:
-            act.enter = "restarts the worker" + (f", for{only} only" if only else "")
-            pids = ", ".join(map(str, sorted(before)))
-            act.elsewhere = f"Ctrl+C on worker {pids}, then {act.elsewhere}"
-        act.done = partial(self.newcomer, role, before, alone=restart)
-        await self.do_it(act)
-        for pid in to_stop:
+        self.did("a new worker starts")
+        for pid in before if restart else ():
             self.note("stopped", worker=pid)
 
     async def edit(self, change: Edit) -> None:
         """Change a line of our scripts: in the copy that our worker runs, or by hand."""
         file, text, instead = change
-
-        async def do() -> None:
+        enter, done = f"changes {file}, in a copy", f"{file} is changed"
+        seen = partial(stands, self.stage.code, instead)
+        if change == AS_IT_WAS:
+            enter, done = "undoes the change", f"{file} is as it was"
+            seen = partial(is_whole, self.stage.code)
+        if await self.turn(enter, seen, elsewhere=f"edit {file} and save it"):
             copied = self.stage.code / file
             source = self.sources.setdefault(file, copied.read_text(encoding="utf-8"))
             copied.write_text(source.replace(text, instead), encoding="utf-8")
-
-        act = Act(f"changes {file}, in a copy", f"{file} is changed", do)
-        act.elsewhere = f"edit {file} and save it"
-        act.done = partial(stands, self.stage.code, instead)
-        if change == AS_IT_WAS:
-            act.enter, act.told = "undoes the change", f"{file} is as it was"
-            act.done = lambda: not stands(self.stage.code, BUG[2], CHECKED[2])
-        await self.do_it(act)
+        self.did(done)
 
     async def kill_server(self) -> None:
         """Kill the server."""
-        act = Act("kills the server", "the server is dead", self.stage.kill_server)
-        act.elsewhere = "Ctrl+C in its terminal, or kill -9 and the pid that it printed"
-        act.done = self.server_is_dead
-        await self.do_it(act)
+        typed = "Ctrl+C in its terminal, or kill -9 and the pid that it printed"
+        if await self.turn("kills the server", self.server_is_dead, elsewhere=typed):
+            await self.stage.kill_server()
+        self.did("the server is dead")
         self.note("server", state="dead")
         if not self.by_hand:  # so that the outage takes some room in the picture
             await asyncio.sleep(1)
 
     async def start_server(self) -> None:
         """Start the server on the same file."""
-        act = Act("starts it again", "the server lives", self.stage.start_server)
-        act.elsewhere = f"{command('worker.py')} server"
-        act.done = partial(is_listening, self.stage.address)
-        await self.do_it(act)
+        typed, address = f"{command('worker.py')} server", self.stage.address
+        if await self.turn("starts it again", is_listening, address, elsewhere=typed):
+            await self.stage.start_server()
+        self.did("the server lives")
         self.note("server", state="lives")
 
     async def send(self, verb: str, order_id: str, more: str = "") -> None:
@@ -825,28 +813,29 @@ class Player:
         await self.shell(line, self.has_come, order_id, verb)
 
     async def shell(self, line: str, sight: Sight | None = None, *given: Any) -> str:
-        """Run a command, wait until its effect is seen, and return what it said."""
+        """Run a command and return what it said; a sight tells if it was run elsewhere."""
         first, *words = shlex.split(line)
         program, typed = [sys.executable, str(HERE / first)], line.replace(first, command(first), 1)
         if first == "temporal":
             program, typed = [temporal_binary()], line
-
-        async def do() -> str:
-            pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-            pipes |= {"stdin": subprocess.DEVNULL}
-            pipes |= {"env": self.stage.environment()} if self.ours else {}
-            process = await asyncio.create_subprocess_exec(*program, *words, **pipes)
-            said = (await process.communicate())[0].decode().strip()
-            self.show(not sight or process.returncode == 0, said)
-            return said or "it is done"
-
-        act = Act(f"alone runs this:\n{typed}", "", do)
-        if sight:  # which tells whether it was done elsewhere
-            act.enter, act.typed, act.done = "runs this", typed, partial(sight, *given)
-        said = str(await self.do_it(act))
-        if sight:
-            await self.wait("it has come", sight, *given)
+        if not sight:
+            await self.turn(f"alone runs this:\n{typed}", lambda: False)
+        elif not await self.turn("runs this", sight, *given, typed=typed):
+            self.did("it is done")
+            return ""
+        worked, said = await self.run(*program, *words)
+        self.show(worked or not sight, said)
+        self.did(said.splitlines()[-1])
         return said
+
+    async def run(self, *words: str) -> tuple[bool, str]:
+        """Run a command; tell whether it worked, and what it said."""
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        pipes |= {"stdin": subprocess.DEVNULL}
+        pipes |= {"env": self.stage.environment()} if self.ours else {}
+        process = await asyncio.create_subprocess_exec(*words, **pipes)
+        said = (await process.communicate())[0].decode().strip()
+        return process.returncode == 0, said or "it is done"
 
     # What must be true.
 
@@ -954,28 +943,33 @@ class Person(Player):
             elsewhere = r"\s*With\s+three\s+terminals:.*" if self.ours else "$"
             print(re.sub(elsewhere, "", self.parts.pop(0), flags=re.DOTALL) + "\n", flush=True)
 
-    async def do_it(self, act: Act) -> Any:
-        """Ask for something, do it on Enter if we can, and go on when it is done."""
-        ours = self.ours or not act.elsewhere
+    async def turn(
+        self, enter: str, done: Sight, *given: Any, typed: str = "", elsewhere: str = ""
+    ) -> bool:
+        """Ask for something, and wait for Enter, if we can do it, or until it is done.
+
+        `typed` is what may be typed elsewhere instead, `elsewhere` what must be done there, if the
+        stage is not ours.
+        """
+        ours = self.ours or not elsewhere
         self.say_part("Do")
-        told = f"{'':10}Enter {act.enter}" if ours else f"{'':10}Now: {act.elsewhere}"
-        if act.typed:
-            short = len(told + act.typed) < 60  # a longer command stands alone, for copying
-            told += f" (or: {act.typed})" if short else f", or you elsewhere:\n{act.typed}"
+        told = f"{'':10}Enter {enter}" if ours else f"{'':10}Now: {elsewhere}"
+        if typed:
+            short = len(told + typed) < 60  # a longer command stands alone, for copying
+            told += f" (or: {typed})" if short else f", or you elsewhere:\n{typed}"
         await self.overhear()
         print(told, flush=True)
         hurry = not await self.over()  # before the orders end
-        while not await self.sees(act.done):
+        while not await self.sees(done, *given):
             line = await self.keyboard.line(0.2)
             over = hurry and await self.over()
-            if over and not await self.sees(act.done):
+            if over and not await self.sees(done, *given):
                 raise Verdict(f"not shown: too late: {over} before that")
             if line is not None and ours:
-                return await super().do_it(act)
+                return True
             if line is not None:
-                say(f"{'':10}this is not done yet: {act.elsewhere}", indent=10)
-        self.tell(act.told or "it is done")
-        self.since = time.time()
+                say(f"{'':10}this is not done yet: {elsewhere}", indent=10)
+        return False
 
     async def goodbye(self) -> None:
         """Say which orders still run and what becomes of them, and what is still edited."""
@@ -1019,8 +1013,7 @@ async def run_prompts(_: argparse.Namespace) -> int:
 
 def warn_of_edits() -> None:
     """Warn if exercise 9 or 11 has left a line in workflows.py, or has taken one along."""
-    left = stands(HERE, BUG[2], CHECKED[2], PATCH.strip())
-    if left or not (stands(HERE, ENTER) and stands(HERE, REVIEW)):
+    if not is_whole(HERE):
         say("workflows.py still has a line of exercise 9 or 11, or lacks one: orders stop there")
 
 

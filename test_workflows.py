@@ -1655,7 +1655,8 @@ def counting() -> Any:
     """Make a player that does nothing, and notes what a person would be asked to do."""
     player: Any = Player(Stage(HERE, 0))
     player.orders = {"": {"wait_seconds": 1}}
-    player.do_it = AsyncMock(return_value="too late, the order is SHIPPING")
+    player.turn = AsyncMock(return_value=False)
+    player.run = AsyncMock(return_value=(False, "too late, the order is SHIPPING"))
     player.place, player.timer_of = AsyncMock(return_value=""), AsyncMock(return_value=[0.0, 0.0])
     player.pollers, player.wait, player.ends = AsyncMock(return_value=[]), AsyncMock(), AsyncMock()
     player.check = player.show = player.tell = player.note = player.expect_known = Mock()
@@ -1673,7 +1674,7 @@ def test_each_exercise_has_its_words_and_a_part_to_do_for_each_thing_to_be_done(
     monkeypatch.setattr("charge_store.events_of", lambda *_: seen)
     player = counting()
     within(EXERCISES[number](player))
-    assert text.count("\nDo. ") == player.do_it.await_count
+    assert text.count("\nDo. ") == player.turn.await_count
     for label in ("Predict", "Observe", "Explain"):
         assert text.count(f"\n{label}. ") == 1, label
     told = re.findall(rf"^\| {number} \|.*?\|.*?\|(.*?)\|", README, re.MULTILINE)[0]
@@ -1713,7 +1714,7 @@ def test_a_worker_that_serves_one_queue_is_none_for_the_other() -> None:
     told = within(player.trouble())
     assert re.match(f"no worker serves {SHIPPING_QUEUE}; start it: .*worker.py shipping", told)
     within(player.start(restart=True))
-    assert player.do_it.await_args.args[0].elsewhere.startswith("Ctrl+C on worker 1, then ")
+    assert player.turn.await_args.kwargs["elsewhere"].startswith("Ctrl+C on worker 1, then ")
 
 
 @side_by_side
