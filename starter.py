@@ -187,13 +187,13 @@ async def timer(t: "Player") -> None:
     """A durable wait keeps its deadline while no worker lives."""
     asked = {name: await t.prompt(*PROMPTS[name]) for name in PROMPTS if t.by_hand}
     order = await t.charge(**{"wait_seconds": 5} | asked)
-    await t.until("the wait has begun", t.timer_of, order)
+    await t.until("the wait has begun", t.in_history, order, "Wait before the charge")
     await t.kill()
     killed = time.time()
     await t.start()
     started = time.time()
     await t.ends(order, "charged", {"charge": "charged"})
-    begin, end = await t.timer_of(order)
+    begin, end = await t.in_history(order, "Wait before the charge")
     t.show(killed < end, "the worker died only when the wait was over")
     t.show(started < end, "another worker was started only when the wait was over")
     should, took = t.orders[order]["wait_seconds"], end - begin
@@ -269,7 +269,7 @@ async def shipping(t: "Player") -> None:
     """Without a shipping worker paid orders wait; a carrier that is down undoes its order."""
     await t.start("orders", restart=True)
     order = await t.place()
-    await t.until("the order is paid; its package waits", t.is_in, order, "SHIPPING")
+    await t.until("the order is paid; its package waits", t.in_history, order, "ship-")
     shippers = await t.pollers(SHIPPING_QUEUE)
     t.show(not shippers, f"workers {shippers}, which nobody thought of, ship")
     await t.start("shipping")
@@ -283,7 +283,7 @@ async def bug(t: "Player") -> None:
     """A workflow meets a bug: the order waits, and goes on when the bug is mended."""
     await t.edit(BUG)
     order = await t.place(options=BRIEF)
-    await t.until("the workflow task fails and is tried again", t.code_fails, order, "a bug")
+    await t.until("the workflow task fails and is tried again", t.in_history, order, "a bug")
     await t.edit(AS_IT_WAS)
     await t.ends(order, "COMPLETED", ONCE, within=2)
 
@@ -310,7 +310,7 @@ async def deploy(t: "Player") -> None:
     await t.edit(CHECKED)
     await t.start(restart=True)
     await t.send("approve", order)
-    await t.until("the new code does not fit the history", t.code_fails, order, "Nondeterminism")
+    await t.until("the new code does not fit the history", t.in_history, order, "Nondeterminism")
     await t.edit(PATCHED)
     await t.ends(order, "COMPLETED", ONCE, within=2)
     await t.edit(AS_IT_WAS)
@@ -328,7 +328,7 @@ async def reset(t: "Player") -> None:
     await t.ends(order, "COMPLETED", ONCE)
     again = f"{back} {order} --reapply-exclude Signal"
     await t.shell(again, begun, order, "receive_order", 2)
-    await t.until("it waits for you once more", t.is_in, order, "AWAITING_REVIEW")
+    await t.until("it waits for you once more", t.in_history, order, "Review by person")
     await t.send("cancel", order)
     await t.ends(order, "COMPLETED", ONCE, within=2)
 
@@ -482,6 +482,8 @@ class Player:
             verdict = "NOT HELD: not done in time"
         except RPCError as error:
             verdict = f"not shown: {error}"
+        finally:
+            self.screen.clear()
         with suppress(TimeoutError, RPCError):
             async with asyncio.timeout(20):
                 for order_id in () if await self.server_is_dead() else self.orders:
@@ -548,7 +550,7 @@ class Player:
     async def place_for_review(self, **fields: Any) -> str:
         """Place an order that waits for a person."""
         order = await self.place(review="person", review_seconds=600, **fields)
-        await self.until("the order waits for you", self.is_in, order, "AWAITING_REVIEW")
+        await self.until("the order waits for you", self.in_history, order, "Review by person")
         self.expect_known(order)
         return order
 
@@ -591,27 +593,16 @@ class Player:
         self.tell(words)
 
     async def wait(self, words: str, sight: Sight, *given: Any) -> None:
-        """Wait until something is seen, and say for what."""
-        wait = asyncio.create_task(self.watch(words, sight, *given))
+        """Wait until something is seen, and say for what; not once the orders have ended."""
         patience = time.monotonic() + 1
-        try:
-            while not wait.done():
-                await asyncio.wait([wait], timeout=0.2)
-                await self.overhear()
-                if time.monotonic() > patience:
-                    # A server that has just started does not list the workers yet.
-                    trouble = await self.trouble() if time.time() > self.since + 2 else ""
-                    self.screen.show(trouble or f"waiting until {words}")
-        finally:
-            wait.cancel()
-            self.screen.clear()
-        wait.result()
-
-    async def watch(self, words: str, sight: Sight, *given: Any) -> None:
-        """Look until something is seen, or the orders have ended without it."""
         while not await self.sees(sight, *given):
             if (over := await self.over()) and not await self.sees(sight, *given):
                 raise Verdict(f"not shown: {over} without it: {words}")
+            await self.overhear()
+            if time.monotonic() > patience:
+                # A server that has just started does not list the workers yet.
+                trouble = await self.trouble() if time.time() > self.since + 2 else ""
+                self.screen.show(trouble or f"waiting until {words}")
             await asyncio.sleep(0.1)
 
     async def trouble(self) -> str:
@@ -668,19 +659,11 @@ class Player:
         self.running.discard(order_id)
         return True
 
-    async def is_in(self, order_id: str, state: str) -> bool:
-        """Tell whether an order says that it is in a state."""
-        return (await signals.ask(self.handle(order_id)))[1] == state
-
-    async def has_come(self, order_id: str, name: str) -> bool:
-        """Tell whether a signal stands in an order's history."""
+    async def in_history(self, order_id: str, words: str) -> list[float]:
+        """Find when events came of which `signals.py history` tells these words, as Unix times."""
         events = await signals.read_history(self.handle(order_id))
-        return name in [event.a.signal_name for event in events if event.kind == "SIGNALED"]
-
-    async def code_fails(self, order_id: str, why: str) -> bool:
-        """Tell whether the workflow task fails in our code, for this reason."""
-        failure = await signals.code_failure(self.handle(order_id))
-        return failure is not None and why in failure
+        told = [(e.at, signals.SENTENCES[e.kind](e)) for e in events if e.kind in signals.SENTENCES]
+        return [at for at, sentence in told if words in sentence]
 
     def died(self, order_id: str, step: str) -> bool:
         """Tell whether the process of the newest attempt at a step is dead."""
@@ -693,11 +676,6 @@ class Player:
     async def server_is_dead(self) -> bool:
         """Tell whether nothing listens where the server was."""
         return not await is_listening(self.stage.address)
-
-    async def timer_of(self, order_id: str) -> list[float]:
-        """Read when an order's first timer began and fired, as Unix times, as far as it has."""
-        events = await signals.read_history(self.handle(order_id))
-        return [event.at for event in events if event.kind in ("TIMER_STARTED", "TIMER_FIRED")][:2]
 
     async def pollers(self, *queues: str) -> list[int]:
         """List the living processes on this machine that ask for work; empty without a server.
@@ -810,7 +788,7 @@ class Player:
     async def send(self, verb: str, order_id: str, more: str = "") -> None:
         """Send an order a signal."""
         line = f"signals.py {verb} {order_id} {more}".strip()
-        await self.shell(line, self.has_come, order_id, verb)
+        await self.shell(line, self.in_history, order_id, f"signal {verb} comes")
 
     async def shell(self, line: str, sight: Sight | None = None, *given: Any) -> str:
         """Run a command and return what it said; a sight tells if it was run elsewhere."""

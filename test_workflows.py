@@ -1657,7 +1657,7 @@ def counting() -> Any:
     player.orders = {"": {"wait_seconds": 1}}
     player.turn = AsyncMock(return_value=False)
     player.run = AsyncMock(return_value=(False, "too late, the order is SHIPPING"))
-    player.place, player.timer_of = AsyncMock(return_value=""), AsyncMock(return_value=[0.0, 0.0])
+    player.place, player.in_history = AsyncMock(return_value=""), AsyncMock(return_value=[0.0] * 2)
     player.pollers, player.wait, player.ends = AsyncMock(return_value=[]), AsyncMock(), AsyncMock()
     player.check = player.show = player.tell = player.note = player.expect_known = Mock()
     return player
