@@ -476,12 +476,10 @@ class Player:
             verdict = f"not shown: {error}"
         finally:
             self.screen.clear()
-        with suppress(TimeoutError, RPCError):
-            async with asyncio.timeout(20):
-                for order_id in () if await self.server_is_dead() else self.orders:
-                    print()
-                    say(order_id)
-                    await persist(partial(signals.show_lanes, self.handle(order_id)))
+        for order_id in () if await self.server_is_dead() else self.orders:
+            print()
+            say(order_id)
+            await self.sees(signals.show_lanes, self.handle(order_id))
         say(verdict)
         return verdict
 
@@ -503,13 +501,6 @@ class Player:
         await self.until("a worker is there", self.served)
         if self.ours:
             await self.expect_alone(known=[worker.pid for worker in self.stage.workers])
-
-    async def served(self, role: str = "all") -> bool:
-        """Tell whether each queue of a role has a worker; not shown if ours cannot start."""
-        started = not self.ours or self.stage.workers[-1].poll() not in (1, 2)
-        self.show(started, f"no worker can start: {self.stage.last_words()}")
-        queues = {"orders": QUEUES[:1], "shipping": QUEUES[1:]}.get(role, QUEUES)
-        return all([await self.pollers(queue) for queue in queues])
 
     async def expect_alone(self, *queues: str, known: Collection[int] = ()) -> None:
         """Look whether others than known workers serve; then no death would show anything."""
@@ -590,6 +581,8 @@ class Player:
         while not await self.sees(sight, *given):
             if (over := await self.over()) and not await self.sees(sight, *given):
                 raise Verdict(f"not shown: {over} without it: {words}")
+            failed = self.ours and self.stage.workers[-1].poll() in (1, 2)
+            self.show(not failed, f"no worker can start: {self.stage.last_words()}")
             await self.overhear()
             if time.monotonic() > patience:
                 # A server that has just started does not list the workers yet.
@@ -686,10 +679,11 @@ class Player:
                 found |= {int(pid) for pid, _, host in names if host == here and pid.isdigit()}
         return sorted(pid for pid in found if is_process(pid))
 
-    async def newcomer(self, role: str, before: set[int], alone: bool = False) -> bool:
-        """Tell whether a worker is there that was not; alone: and none of those that were."""
-        now = set(await self.pollers())
-        return bool(now - before) and not (alone and now & before) and await self.served(role)
+    async def served(self, role: str = "all", gone: Collection[int] = ()) -> bool:
+        """Tell whether each queue of a role has a worker, and those that had to go are gone."""
+        queues = {"orders": QUEUES[:1], "shipping": QUEUES[1:]}.get(role, QUEUES)
+        serve = [await self.pollers(queue) for queue in queues]
+        return all(serve) and not any(map(is_process, gone))
 
     # What is done. Each of these is one **Do.** of README.md.
 
@@ -731,14 +725,13 @@ class Player:
 
     async def start(self, role: str = "all", restart: bool = False) -> None:
         """Start a worker; restart: when all others are stopped, as by Ctrl+C."""
-        before = set(await self.pollers())
+        to_stop = await self.pollers() if restart else []
         only = "" if role == "all" else f" {role}"
         enter, typed = f"starts another{only} worker", command("worker.py") + only
-        to_stop = sorted(before) if restart else []
         if to_stop:
             enter = "restarts the worker" + (f", for{only} only" if only else "")
             typed = f"Ctrl+C on worker {', '.join(map(str, to_stop))}, then {typed}"
-        if await self.turn(enter, self.newcomer, role, before, restart, elsewhere=typed):
+        if await self.turn(enter, self.served, role, to_stop, elsewhere=typed):
             for pid in to_stop:
                 await self.end(pid, hard=False)
             self.stage.start_worker(role)

@@ -1710,7 +1710,7 @@ def test_a_worker_that_serves_one_queue_is_none_for_the_other() -> None:
     player.server_is_dead = AsyncMock(return_value=False)
     player.ours, player.orders, player.by_hand = False, {}, True
     for role, serves in ("orders", True), ("shipping", False), ("all", False):
-        assert within(player.newcomer(role, set())) is serves
+        assert within(player.served(role)) is serves
     told = within(player.trouble())
     assert re.match(f"no worker serves {SHIPPING_QUEUE}; start it: .*worker.py shipping", told)
     within(player.start(restart=True))
@@ -1909,7 +1909,7 @@ async def test_a_worker_that_cannot_start_says_why_and_is_not_waited_for(stage: 
     (wing.code / "worker.py").write_text("print('this is why'); raise SystemExit(2)")
     wing.start_worker().wait()
     with pytest.raises(Verdict, match="not shown: no worker can start: this is why"):
-        await Player(wing).served()
+        await Player(wing).wait("", lambda: False)
     with pytest.raises(SystemExit, match="this is why"):
         while True:
             wing.revive()
