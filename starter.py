@@ -534,7 +534,6 @@ class Player:
         """Place an order that waits for a person."""
         order = await self.place(review="person", review_seconds=600, **fields)
         await self.until("the order waits for you", self.in_history, order, "Review by person")
-        self.expect_known(order)
         return order
 
     async def charge(self, **fields: Any) -> str:
@@ -642,6 +641,7 @@ class Player:
             self.running.add(order_id)  # once more, after a reset
             return False
         self.running.discard(order_id)
+        self.expect_known(order_id)
         return True
 
     async def in_history(self, order_id: str, words: str) -> list[float]:
@@ -814,7 +814,6 @@ class Player:
         await self.wait(f"{order_id} ends{should}", self.ended, order_id)
         result = await persist(partial(end_of, self.handle(order_id)))
         self.check(result == end, f"{order_id} has ended: {end}", f"{order_id} ended {result}")
-        self.expect_known(order_id)
         for _ in range(100):  # 10 s: what comes late comes within 5
             rows = store.effects_of(order_id)
             fit = sorted(f"{row['kind']} {row['status']}" for row in rows) == sorted(effects)
