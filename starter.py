@@ -526,8 +526,7 @@ class Player:
         order_id = str(raw["order_id"])
         self.orders[order_id] = raw
         self.running.add(order_id)
-        self.since = time.time()
-        self.tell(f"{order_id} is placed")
+        self.did(f"{order_id} is placed")
         return order_id
 
     async def place_for_review(self, **fields: Any) -> str:
