@@ -689,7 +689,7 @@ class Player:
     async def turn(
         self, enter: str, done: Sight, *given: Any, typed: str = "", elsewhere: str = ""
     ) -> bool:
-        """Tell whether it is ours to do what Enter does for a person; not if it is seen done."""
+        """Tell whether we are to do what comes next; a person may do it elsewhere: see Person."""
         return True
 
     def did(self, words: str) -> None:
@@ -904,10 +904,9 @@ class Person(Player):
     async def turn(
         self, enter: str, done: Sight, *given: Any, typed: str = "", elsewhere: str = ""
     ) -> bool:
-        """Ask for something, and wait for Enter, if we can do it, or until it is done.
+        """Ask for something; true at Enter, if we can do it, false once it is seen done elsewhere.
 
-        `typed` is what may be typed elsewhere instead, `elsewhere` what must be done there, if the
-        stage is not ours.
+        `typed` may be typed there; `elsewhere` must be done there, if the stage is not ours.
         """
         ours = self.ours or not elsewhere
         self.say_part("Do")
