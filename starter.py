@@ -726,11 +726,11 @@ class Player:
         """Start a worker; restart: when all others are stopped, as by Ctrl+C."""
         to_stop = await self.pollers() if restart else []
         only = "" if role == "all" else f" {role}"
-        enter, typed = f"starts another{only} worker", command("worker.py") + only
+        enter, elsewhere = f"starts another{only} worker", command("worker.py") + only
         if to_stop:
             enter = "restarts the worker" + (f", for{only} only" if only else "")
-            typed = f"Ctrl+C on worker {', '.join(map(str, to_stop))}, then {typed}"
-        if await self.turn(enter, self.served, role, to_stop, elsewhere=typed):
+            elsewhere = f"Ctrl+C on worker {', '.join(map(str, to_stop))}, then {elsewhere}"
+        if await self.turn(enter, self.served, role, to_stop, elsewhere=elsewhere):
             for pid in to_stop:
                 await self.end(pid, hard=False)
             self.stage.start_worker(role)
@@ -754,8 +754,8 @@ class Player:
 
     async def kill_server(self) -> None:
         """Kill the server."""
-        typed = "Ctrl+C in its terminal, or kill -9 and the pid that it printed"
-        if await self.turn("kills the server", self.server_is_dead, elsewhere=typed):
+        elsewhere = "Ctrl+C in its terminal, or kill -9 and the pid that it printed"
+        if await self.turn("kills the server", self.server_is_dead, elsewhere=elsewhere):
             await self.stage.kill_server()
         self.did("the server is dead; the worker keeps asking")
         self.note("server", state="dead")
@@ -764,8 +764,8 @@ class Player:
 
     async def start_server(self) -> None:
         """Start the server on the same file."""
-        typed, address = f"{command('worker.py')} server", self.stage.address
-        if await self.turn("starts it again", is_listening, address, elsewhere=typed):
+        elsewhere, address = f"{command('worker.py')} server", self.stage.address
+        if await self.turn("starts it again", is_listening, address, elsewhere=elsewhere):
             await self.stage.start_server()
         self.did("the server lives")
         self.note("server", state="lives")
