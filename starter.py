@@ -476,10 +476,12 @@ class Player:
             verdict = f"not shown: {error}"
         finally:
             self.screen.clear()
-        for order_id in () if await self.server_is_dead() else self.orders:
-            print()
-            say(order_id)
-            await self.sees(signals.show_lanes, self.handle(order_id))
+        with suppress(TimeoutError, RPCError):
+            async with asyncio.timeout(20):
+                for order_id in () if await self.server_is_dead() else self.orders:
+                    print()
+                    say(order_id)
+                    await persist(partial(signals.show_lanes, self.handle(order_id)))
         say(verdict)
         return verdict
 
@@ -533,6 +535,7 @@ class Player:
         """Place an order that waits for a person."""
         order = await self.place(review="person", review_seconds=600, **fields)
         await self.until("the order waits for you", self.in_history, order, "Review by person")
+        self.expect_known(order)
         return order
 
     async def charge(self, **fields: Any) -> str:
@@ -610,14 +613,14 @@ class Player:
     async def sees(self, sight: Sight, *given: Any) -> Any:
         """Look, while the server may be dead or about to die; return what there is to see."""
         with suppress(OSError, RPCError):  # it takes too long; a file is being saved
-            async with asyncio.timeout(3):
+            async with asyncio.timeout(2):
                 seen = sight(*given)
                 return await seen if inspect.isawaitable(seen) else seen
         return None
 
     async def over(self) -> str:
         """Tell how the newest order ended, if all have, so that nothing more can come of them."""
-        if not self.orders or await self.server_is_dead():  # to see that would take 3 s
+        if not self.orders or await self.server_is_dead():  # to see that would take 2 s
             return ""
         if not all([await self.sees(self.ended, id_) for id_ in self.orders]):
             return ""
