@@ -554,6 +554,7 @@ class Player:
 
     async def ask(self, question: str) -> str:
         """Let a person answer; q and the end of input leave."""
+        await self.overhear()  # an Enter too many
         return await self.keyboard.ask(question) if self.keyboard else ""
 
     async def overhear(self) -> None:
