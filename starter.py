@@ -614,14 +614,14 @@ class Player:
     async def sees(self, sight: Sight, *given: Any) -> Any:
         """Look, while the server may be dead or about to die; return what there is to see."""
         with suppress(OSError, RPCError):  # it takes too long; a file is being saved
-            async with asyncio.timeout(2):
+            async with asyncio.timeout(1.5):
                 seen = sight(*given)
                 return await seen if inspect.isawaitable(seen) else seen
         return None
 
     async def over(self) -> str:
         """Tell how the newest order ended, if all have, so that nothing more can come of them."""
-        if not self.orders or await self.server_is_dead():  # to see that would take 2 s
+        if not self.orders or await self.server_is_dead():  # to see that would take 1.5 s
             return ""
         if not all([await self.sees(self.ended, id_) for id_ in self.orders]):
             return ""
