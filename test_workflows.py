@@ -1,8 +1,8 @@
 """Proves every claim of the README, against a real Temporal server with real kills.
 
 Many orders run side by side, once; each test then looks at one of them. Every wait is bounded and
-polls for a condition. Where a busy machine may be late for the 5 s of a slow step, `late_ends`
-says what such an order may end in as well.
+polls for a condition. Where a busy machine was late for the 5 s of a slow step, the order is
+played again.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, nullcontext, redirect_stderr, redirect_stdout, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
@@ -260,7 +260,6 @@ class Wing(Stage):
 # Scenarios: an order, what people do to it and when, and how it must end.
 
 
-@dataclass
 class Scenario:
     """An order, the messages it gets (in which state, what, with what) and what must come of it.
 
@@ -268,11 +267,13 @@ class Scenario:
     or so many seconds later.
     """
 
-    ends: str  # the state, or the type of the error that it failed with
-    effects: dict[str, str]  # what the ledger must show, {kind: status}
-    order: dict[str, Any] = field(default_factory=dict)
-    sends: list[tuple[Any, ...]] = field(default_factory=list)
-    status: dict[str, Any] = field(default_factory=dict)  # what else the query must tell
+    def __init__(
+        self, ends: str, effects: dict[str, str], *sends: tuple[Any, ...], **fields: Any
+    ) -> None:
+        """Say the state, or the error's type, what the ledger must show, messages and the order."""
+        self.ends, self.effects, self.sends = ends, effects, sends
+        self.status = fields.pop("status", {})  # what else the query must tell
+        self.fields = {"max_attempts": 3} | fields
 
 
 @dataclass
@@ -284,147 +285,120 @@ class Outcome:
     effects: dict[str, str]
     events: list[dict[str, Any]]
     history: Any
-    told: float  # when the last message had been sent
 
 
-def simulate(**faults: str) -> dict[str, Any]:
-    """Make fields of an order whose steps go wrong."""
-    return {"simulate": faults}
-
-
-YES: list[tuple[Any, ...]] = [("START", "approve", "fine")]
-APPROVED = [("AWAITING_REVIEW", "approve", "fine")]
+completed = partial(Scenario, "COMPLETED", PAID)
+cancelled = partial(Scenario, "CANCELLED", REFUNDED)
+given_up = partial(Scenario, "OrderGivenUp", REFUNDED)
+YES = ("START", "approve", "fine")
+APPROVED = ("AWAITING_REVIEW", "approve", "fine")
 RESET = ("COMPLETED", "RESET")
-TIMED = {"review": "timer", "review_seconds": 0.1}
-SLOW_CHARGE = simulate(charge_payment="slow")
+TIMED: dict[str, Any] = {"review": "timer", "review_seconds": 0.1}
 THIS_MONTH = datetime.now(UTC).replace(day=1)
 LAST_MONTH = THIS_MONTH - timedelta(days=1)
 SCENARIOS: dict[str, Scenario] = {
-    "approved": Scenario("COMPLETED", PAID, {"order_id": "x" * 100}, APPROVED),  # the longest id
-    "approved while it waits": Scenario(
-        "COMPLETED", PAID, {"wait_seconds": 15, "review_seconds": 0}, [("WAITING", "approve")]
-    ),
+    "approved": completed(APPROVED, order_id="x" * 100),  # the longest id
+    "approved while it waits": completed(("WAITING", "approve"), wait_seconds=15, review_seconds=0),
     "rejected in the timer's window": Scenario(
-        "REJECTED", UNPAID, TIMED | {"review_seconds": 30}, [("AWAITING_REVIEW", "reject", "no")]
+        "REJECTED", UNPAID, ("AWAITING_REVIEW", "reject", "no"), review="timer", review_seconds=30
     ),
-    "rejected too late": Scenario(
-        "COMPLETED", PAID, SLOW_CHARGE | TIMED, [("CHARGING", "reject")], {"decision": "approved"}
+    "rejected too late": completed(
+        ("CHARGING", "reject"), **TIMED, charge_payment="slow", status={"decision": "approved"}
     ),
     "card expired last month": Scenario(
-        "PaymentDeclined", VOIDED, {"card_expiry": f"{LAST_MONTH:%m/%y}"}, YES
+        "PaymentDeclined", VOIDED, YES, card_expiry=f"{LAST_MONTH:%m/%y}"
     ),
-    "card good to the end of this month": Scenario(
-        "COMPLETED", PAID, {"card_expiry": f"{THIS_MONTH:%m/%y}"}, YES
-    ),
-    "deadline at once": Scenario("DeadlineExceeded", {}, {"deadline_seconds": 0}, YES),
+    "card good to the end of this month": completed(YES, card_expiry=f"{THIS_MONTH:%m/%y}"),
+    "deadline at once": Scenario("DeadlineExceeded", {}, YES, deadline_seconds=0),
     "deadline of three slow steps": Scenario(
         "DeadlineExceeded",
         REFUNDED,
-        simulate(receive_order="slow", charge_payment="slow", prepare_package="slow")
-        | {"deadline_seconds": 12},  # enough for two of them
         YES,
+        receive_order="slow",
+        charge_payment="slow",
+        prepare_package="slow",
+        deadline_seconds=12,  # enough for two of them
     ),
-    "deadline after dispatch": Scenario(
-        "COMPLETED", PAID, simulate(dispatch_carrier="slow") | {"deadline_seconds": 4}, YES
-    ),
-    "a wait does not count": Scenario(
-        "COMPLETED", PAID, TIMED | {"deadline_seconds": 20, "wait_seconds": 22}
-    ),
-    "a review does not count": Scenario(
-        "COMPLETED", PAID, TIMED | {"deadline_seconds": 20, "review_seconds": 22}
-    ),
-    "dispatch fails three times": Scenario(
-        "OrderGivenUp", REFUNDED, simulate(dispatch_carrier="down"), YES, {"shipping_attempts": 3}
+    "deadline after dispatch": completed(YES, dispatch_carrier="slow", deadline_seconds=4),
+    "a wait does not count": completed(**TIMED, deadline_seconds=20, wait_seconds=22),
+    "a review does not count": completed(review="timer", deadline_seconds=20, review_seconds=22),
+    "dispatch fails three times": given_up(
+        YES, dispatch_carrier="down", status={"shipping_attempts": 3}
     ),
     "approved, moved and cancelled while compensating": Scenario(
         "EXPIRED",
         UNPAID,
-        simulate(release_inventory="slow") | {"review_seconds": 0.5},
-        [("COMPENSATING", "approve", "late"), ("NOW", "update_address", "3"), ("NOW", "CANCEL")],
-        {"decision": None, "address": "1 Main Street"},
+        ("COMPENSATING", "approve", "late"),
+        ("NOW", "update_address", "3"),
+        ("NOW", "CANCEL"),
+        release_inventory="slow",
+        review_seconds=0.5,
+        status={"decision": None, "address": "1 Main Street"},
     ),
-    "cancelled both ways at once": Scenario(
-        "CANCELLED", REFUNDED, SLOW_CHARGE, [*YES, ("CHARGING", "cancel", "one"), ("NOW", "CANCEL")]
+    "cancelled both ways at once": cancelled(
+        YES, ("CHARGING", "cancel", "one"), ("NOW", "CANCEL"), charge_payment="slow"
     ),
-    "cancelled after dispatch": Scenario(
-        "COMPLETED",
-        PAID,
-        simulate(dispatch_carrier="slow"),
-        [*YES, ("DISPATCHED", "cancel", "too late")],
+    "cancelled after dispatch": completed(
+        YES, ("DISPATCHED", "cancel", "too late"), dispatch_carrier="slow"
     ),
-    "cancelled again and again": Scenario(
-        "COMPLETED",
-        PAID,
-        simulate(record_outcome="slow"),
-        [*YES, ("record_outcome", "cancel", "1"), ("NOW", "CANCEL"), ("NOW", "cancel", "2")],
-        {"note": "fine"},
+    "cancelled again and again": completed(
+        YES,
+        ("record_outcome", "cancel", "1"),
+        ("NOW", "CANCEL"),
+        ("NOW", "cancel", "2"),
+        record_outcome="slow",
+        status={"note": "fine"},
     ),
-    "cancelled before it starts": Scenario("CANCELLED", {}, {}, [("START", "cancel", "no")]),
-    "shipping cancelled alone": Scenario(
-        "CANCELLED",
-        REFUNDED,
-        simulate(prepare_package="slow"),
-        [*YES, ("prepare_package", "CANCEL SHIPPING")],
+    "cancelled before it starts": Scenario("CANCELLED", {}, ("START", "cancel", "no")),
+    "shipping cancelled alone": cancelled(
+        YES, ("prepare_package", "CANCEL SHIPPING"), prepare_package="slow"
     ),
     "signals of any shape": Scenario(
         "REJECTED",
         UNPAID,
-        {},
-        [
-            ("START", "update_address", 5),
-            ("AWAITING_REVIEW", "dispatch_failed", {"a": [1]}, "surplus"),
-            ("NOW", "no_such_signal"),
-            ("NOW", "reject", "n" * 600, "surplus"),
-        ],
+        ("START", "update_address", 5),
+        ("AWAITING_REVIEW", "dispatch_failed", {"a": [1]}, "surplus"),
+        ("NOW", "no_such_signal"),
+        ("NOW", "reject", "n" * 600, "surplus"),
     ),
     # A reset begins another run, which knows nothing of what the one before did. Once the package
     # has left the order is complete, whatever is asked of it then.
     "expired, and reset at its very end": Scenario(
-        "EXPIRED", UNPAID, {"review_seconds": 0.5}, [("EXPIRED", "RESET", -1)]
+        "EXPIRED", UNPAID, ("EXPIRED", "RESET", -1), review_seconds=0.5
     ),
     "expired, and reset to when it was": Scenario(
-        "EXPIRED", VOIDED, {"review_seconds": 0.5}, [("EXPIRED", "RESET", -5)]
+        "EXPIRED", VOIDED, ("EXPIRED", "RESET", -5), review_seconds=0.5
     ),
-    "cancelled, reset to its review and approved": Scenario(
-        "OrderGivenUp",
-        REFUNDED,
-        {},
-        [("AWAITING_REVIEW", "cancel"), ("CANCELLED", "RESET", 3), *APPROVED],
+    "cancelled, reset to its review and approved": given_up(
+        ("AWAITING_REVIEW", "cancel"), ("CANCELLED", "RESET", 3), APPROVED
     ),
-    "reset past its deadline": Scenario(
-        "COMPLETED", PAID, {"deadline_seconds": 20}, [*APPROVED, (20, "RESET WITH SIGNALS", 1)]
+    "reset past its deadline": completed(
+        APPROVED, (20, "RESET WITH SIGNALS", 1), deadline_seconds=20
     ),
-    "reset while its old child still ships": Scenario(
-        "COMPLETED",
-        PAID,
-        simulate(prepare_package="slow"),
-        [*YES, ("prepare_package", "RESET WITH SIGNALS")],
+    "reset while its old child still ships": completed(
+        YES, ("prepare_package", "RESET WITH SIGNALS"), prepare_package="slow"
     ),
-    "reset and cancelled, reset and expired, reset and approved": Scenario(
-        "COMPLETED",
-        PAID,
-        {"review_seconds": 10},
-        [*APPROVED, RESET, ("AWAITING_REVIEW", "CANCEL"), RESET, RESET, *APPROVED],
+    "reset and cancelled, reset and expired, reset and approved": completed(
+        APPROVED, RESET, ("AWAITING_REVIEW", "CANCEL"), RESET, RESET, APPROVED, review_seconds=10
     ),
 }
 # A cancel, by the signal and by Temporal itself, in each state it can come in.
-CANCELS: list[tuple[str, dict[str, str], dict[str, Any], str]] = [
-    ("WAITING", UNPAID, {"wait_seconds": 60}, ""),
-    ("AWAITING_REVIEW", UNPAID, {}, ""),
-    ("CHARGING", REFUNDED, SLOW_CHARGE, "slow"),
-    ("CHARGING", VOIDED, simulate(charge_payment="late"), "late"),
-    ("SHIPPING", REFUNDED, simulate(prepare_package="slow"), "slow"),
+CANCELS: list[tuple[str, dict[str, str], dict[str, Any]]] = [
+    ("WAITING", UNPAID, {"wait_seconds": 60}),
+    ("AWAITING_REVIEW", UNPAID, {}),
+    ("CHARGING", REFUNDED, {"charge_payment": "slow"}),
+    ("CHARGING", VOIDED, {"charge_payment": "late"}),
+    ("SHIPPING", REFUNDED, {"prepare_package": "slow"}),
 ]
-for state, left, order, fault in CANCELS:
-    for way in ("cancel", "CANCEL"):
-        sends = [*(YES if fault else []), (state, way, "stop")]
-        SCENARIOS[f"{way} while {state} {fault}"] = Scenario("CANCELLED", left, order, sends)
+for (state, left, fields), way in itertools.product(CANCELS, ("cancel", "CANCEL")):
+    sends = [YES] * (state in ("CHARGING", "SHIPPING")) + [(state, way, "stop")]
+    SCENARIOS[f"{way} while {state} {fields}"] = Scenario("CANCELLED", left, *sends, **fields)
 # An order that is reset while it is undone is not taken up again: or it would be charged and sent,
 # and then the refund of the run before would land.
 for task in (0, 3):  # its start, its review
-    faults = simulate(charge_payment="slow", refund_payment="late")
-    sends = [*YES, ("CHARGING", "cancel"), ("refund_payment", "RESET", task)]
-    SCENARIOS[f"reset to {task} while undone"] = Scenario("OrderGivenUp", REFUNDED, faults, sends)
+    sends = [YES, ("CHARGING", "cancel"), ("refund_payment", "RESET", task)]
+    undone = given_up(*sends, charge_payment="slow", refund_payment="late")
+    SCENARIOS[f"reset to {task} while undone"] = undone
 # An outage of a step, and what is left when its attempts are used up.
 for step, left in (
     ("receive_order", {}),
@@ -433,13 +407,14 @@ for step, left in (
     ("charge_payment", VOIDED),
     ("prepare_package", REFUNDED),
 ):
-    SCENARIOS[f"{step} is down"] = Scenario("OrderGivenUp", left, simulate(**{step: "down"}), YES)
+    SCENARIOS[f"{step} is down"] = Scenario("OrderGivenUp", left, YES, **{step: "down"})
 
 
 async def place(stage: Stage, message: str = "", *given: Any, **fields: Any) -> Handle:
-    """Place a patient order, with a message if there is one."""
+    """Place a patient order, with a message if there is one; of steps, fields are their faults."""
     raw = {"order_id": f"test-{uuid.uuid4().hex[:12]}", "deadline_seconds": 600, "max_attempts": 0}
-    raw |= fields
+    faults = {step: fields.pop(step) for step in STEPS if step in fields}
+    raw |= {"simulate": faults} | fields
     await start(stage.client, raw, start_signal=message or None, start_signal_args=given)
     return stage.client.get_workflow_handle(str(raw["order_id"]))  # of its newest run
 
@@ -447,17 +422,14 @@ async def place(stage: Stage, message: str = "", *given: Any, **fields: Any) -> 
 async def play(stage: Stage, scenario: Scenario) -> Outcome:
     """Place a scenario's order, send its messages, and gather what came of it."""
     first = [message for when, *message in scenario.sends if when == "START"]
-    fields = {"max_attempts": 3} | scenario.order
-    handle = await place(stage, *(first[0] if first else ()), **fields)
-    told = time.time()
+    handle = await place(stage, *(first[0] if first else ()), **scenario.fields)
     for when, name, *given in scenario.sends[len(first) :]:
         if isinstance(when, int):
             await asyncio.sleep(when)
         elif when != "NOW":
             await reach(handle, when)
         await send(stage, handle, name, *given)
-        told = time.time()
-    return await gather(handle, told)
+    return await gather(handle)
 
 
 async def send(stage: Stage, handle: Handle, name: str, *given: Any) -> None:
@@ -538,7 +510,7 @@ def ledger(order_id: str, what: str = "status") -> dict[str, Any]:
     return {row["kind"]: row[what] for row in rows}
 
 
-async def gather(handle: Handle, told: float = 0) -> Outcome:
+async def gather(handle: Handle) -> Outcome:
     """Wait for an order's end and collect what it left."""
     return Outcome(
         await end_of(handle),
@@ -546,7 +518,6 @@ async def gather(handle: Handle, told: float = 0) -> Outcome:
         ledger(handle.id),
         store.events_of(handle.id),
         await handle.fetch_history(),
-        told,
     )
 
 
@@ -555,12 +526,16 @@ async def play_all(stage: Stage, scenarios: dict[str, Scenario], at_once: int) -
 
     So few at once that a message comes within the 5 s in which its step is slow.
     """
-    names = sorted(scenarios, key=lambda name: scenarios[name].order.get("deadline_seconds", 600))
+    names = sorted(scenarios, key=lambda name: scenarios[name].fields.get("deadline_seconds", 600))
     places = asyncio.Semaphore(at_once)
 
     async def one(name: str) -> Outcome:
         async with places:
-            return await asyncio.wait_for(play(stage, scenarios[name]), 2 * LONG)
+            for _ in range(3):
+                outcome = await asyncio.wait_for(play(stage, scenarios[name]), 2 * LONG)
+                if not was_late(scenarios[name], outcome):
+                    break
+        return outcome
 
     outcomes = await asyncio.gather(*map(one, names), return_exceptions=True)
     return dict(zip(names, outcomes, strict=True))
@@ -581,12 +556,23 @@ async def played(stage: Stage) -> dict[str, Any]:
     return calm | crashed
 
 
+def was_late(scenario: Scenario, outcome: Outcome) -> bool:
+    """Tell whether a wrong end is but a busy machine's: what had to come in a slow step did not.
+
+    The deadline came before that step, or the step was done before the order was stopped.
+    """
+    slow = {step for step in STEPS if scenario.fields.get(step) in ("slow", "late")}
+    ends = [event.get("ended") for event in outcome.events if event["type"] in slow]
+    missed = scenario.ends != "COMPLETED" and ends[-1:] == ["ok"]
+    right = (outcome.ended, outcome.effects) == (scenario.ends, scenario.effects)
+    return not right and (missed or not slow <= {event["type"] for event in outcome.events})
+
+
 def check(scenario: Scenario, outcome: Outcome | BaseException) -> None:
     """Compare what came of a scenario with what must come of it."""
     if isinstance(outcome, BaseException):
         raise outcome
-    right = [(scenario.ends, scenario.effects)]
-    assert (outcome.ended, outcome.effects) in right + late_ends(scenario, outcome)
+    assert (outcome.ended, outcome.effects) == (scenario.ends, scenario.effects)
     state = outcome.ended if outcome.ended.isupper() else "FAILED"
     assert outcome.status.items() >= (scenario.status | {"state": state}).items()
     order_id = outcome.status["order_id"]
@@ -597,31 +583,6 @@ def check(scenario: Scenario, outcome: Outcome | BaseException) -> None:
     after = ("fault", "record_outcome", "prepare_package", "dispatch_carrier")
     last = [event for event in outcome.events if event["type"] not in after][-1]
     assert (last["type"], last.get("state")) == ("outcome", state)
-
-
-# What can have been done, in turn, when an order is undone.
-STAGES = [{}, UNPAID | {"reservation": "voided"}, UNPAID, VOIDED, REFUNDED]
-
-
-def late_ends(scenario: Scenario, outcome: Outcome) -> list[tuple[str, dict[str, str]]]:
-    """List how else a scenario may end if a busy machine was late for its slow step."""
-    faults = scenario.order.get("simulate", {})
-    begun = {event["type"] for event in outcome.events}
-    if "deadline_seconds" in scenario.order and not faults.keys() <= begun:
-        # The deadline came before the step that it should have come in.
-        return [("DeadlineExceeded", left) for left in STAGES]
-    done = [  # which no cancel or deadline cut short
-        (event["type"], event["ts"] + event["seconds"])
-        for event in outcome.events
-        if event.get("ended") == "ok"
-    ]
-    over = [end for step, end in done if faults.get(step) in ("slow", "late")]
-    undone = [end for step, end in done if step in UNDO_STEPS and step != "look_back"]
-    if scenario.effects in STAGES and any(max([outcome.told, *undone]) > end for end in over):
-        # The last message was sent, or acted on, after such a step: the order was further by then.
-        further = STAGES[STAGES.index(scenario.effects) :]
-        return [("COMPLETED", PAID), *((scenario.ends, left) for left in further)]
-    return []
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
@@ -645,12 +606,11 @@ def with_faults(*faults: str) -> dict[str, Scenario]:
     """
     found = {}
     for name, fault in itertools.product(GROUPS, faults):
-        fields: dict[str, Any] = {"max_attempts": 0, "simulate": dict.fromkeys(GROUPS[name], fault)}
-        found[f"{name} {fault}"] = Scenario("COMPLETED", PAID, fields, YES)
+        fields = {"max_attempts": 0} | dict.fromkeys(GROUPS[name], fault)
+        found[f"{name} {fault}"] = completed(YES, **fields)
         if name == "undo":
-            fields["simulate"] |= GIVEN_UP
-            cancelled = [*YES, ("prepare_package", "cancel")]
-            found[f"{name} {fault}"] = Scenario("CANCELLED", REFUNDED, fields, cancelled)
+            stop = ("prepare_package", "cancel")
+            found[f"{name} {fault}"] = cancelled(YES, stop, **GIVEN_UP | fields)
     return found
 
 
@@ -678,7 +638,7 @@ async def test_what_must_be_done_is_tried_without_end_whatever_max_attempts_says
 ) -> None:
     async def state_in(step: str, awaited: str) -> str:
         faults = {step: "down"} | (GIVEN_UP if step in UNDO_STEPS else {})
-        handle = await place(stage, "approve", max_attempts=3, simulate=faults)
+        handle = await place(stage, "approve", max_attempts=3, **faults)
         await seen(lambda: store.count(handle.id, step) > 5)
         await reach(handle, awaited)
         state = str((await status_of(handle))["state"])
@@ -761,10 +721,10 @@ def test_only_what_a_workflow_is_given_may_be_anything() -> None:
 @side_by_side
 async def test_a_stop_stops_the_shipping_before_anything_is_undone(stage: Stage) -> None:
     """Or a package could leave while the undos take their time."""
-    handle = await place(stage, "approve", **simulate(prepare_package="slow", look_back="slow"))
+    handle = await place(stage, "approve", prepare_package="slow", look_back="slow")
     await reach(handle, "prepare_package")
     await handle.signal("cancel")
-    check(Scenario("CANCELLED", REFUNDED), await gather(handle))
+    check(cancelled(), await gather(handle))
     packed = store.events_of(handle.id, "prepare_package")
     assert packed[-1]["ended"].startswith("CancelledError")
 
@@ -777,15 +737,15 @@ async def test_a_stop_is_obeyed_that_comes_together_with_a_steps_answer(stage: S
     deciding = partial(serving, workflows=[OrderWorkflow])
     doing = partial(serving, activities=ORDER_STEPS, activity_executor=threads)
     wing.start_worker("shipping")
-    shipped = await place(wing, "approve", **simulate(prepare_package="slow"))
+    shipped = await place(wing, "approve", prepare_package="slow")
     async with deciding(), doing():
         await reach(shipped, "prepare_package")
     await wing.client.get_workflow_handle(f"ship-{shipped.id}").terminate()
     await shipped.cancel()
-    late, *cancelled = [await place(wing, deadline_seconds=seconds) for seconds in (5, 600, 600)]
+    late, *stopped = [await place(wing, deadline_seconds=seconds) for seconds in (5, 600, 600)]
 
     async def pending(number: int) -> None:
-        for handle in (late, *cancelled):
+        for handle in (late, *stopped):
             while len((await handle.describe()).raw_description.pending_activities) != number:
                 await asyncio.sleep(0.05)
 
@@ -793,11 +753,11 @@ async def test_a_stop_is_obeyed_that_comes_together_with_a_steps_answer(stage: S
         await pending(1)
     async with doing():
         await pending(0)
-    for handle, way in zip(cancelled, ("cancel", "CANCEL"), strict=True):
+    for handle, way in zip(stopped, ("cancel", "CANCEL"), strict=True):
         await send(wing, handle, way)
     await asyncio.sleep(5)
     async with deciding(), doing():
-        outcomes = [await gather(handle) for handle in (shipped, late, *cancelled)]
+        outcomes = [await gather(handle) for handle in (shipped, late, *stopped)]
     threads.shutdown()
     ends = [(outcome.ended, outcome.effects) for outcome in outcomes]
     assert ends.pop(0) == ("CANCELLED", REFUNDED)
@@ -1050,7 +1010,7 @@ async def updates(handle: Handle) -> int:
 async def test_an_address_changes_until_shipping_and_a_refused_update_leaves_no_event(
     stage: Stage,
 ) -> None:
-    handle = await place(stage, **simulate(prepare_package="down"))
+    handle = await place(stage, **GIVEN_UP)
     await reach(handle, "AWAITING_REVIEW")
     for bad in (" ", "x" * 201):
         assert "must be 1 to 200 characters" in await refusal(handle, bad)
@@ -1092,7 +1052,7 @@ async def test_an_update_sent_with_its_order_runs_before_the_first_line(stage: S
 
     assert await begin("more-start") == "4 New Street"
     outcome = await gather(stage.client.get_workflow_handle("more-start"))
-    check(Scenario("COMPLETED", PAID), outcome)
+    check(completed(), outcome)
     assert store.events_of("more-start", "dispatch_carrier")[0]["address"] == "4 New Street"
     with pytest.raises(WorkflowUpdateFailedError):
         await begin("more-bad", colour="red")
@@ -1100,7 +1060,7 @@ async def test_an_update_sent_with_its_order_runs_before_the_first_line(stage: S
 
 @side_by_side
 async def test_attempts_and_decisions_leave_rows_and_the_outcome_is_last(stage: Stage) -> None:
-    faults = simulate(charge_payment="flaky", prepare_package="down")
+    faults = {"charge_payment": "flaky", "prepare_package": "down"}
     handle = await place(stage, "approve", **faults)
     await reach(handle, "prepare_package")
     await handle.signal("reject", "too late")
@@ -1118,14 +1078,15 @@ async def test_attempts_and_decisions_leave_rows_and_the_outcome_is_last(stage: 
     assert charges == ["ConnectionError", "ConnectionError", "ok"]
     [received] = store.events_of(handle.id, "receive_order")
     patient = {"order_id": handle.id, "deadline_seconds": 600, "max_attempts": 0}
-    assert received.items() >= asdict(parse_order(patient | faults, handle.id)).items()
+    sent = parse_order(patient | {"simulate": faults}, handle.id)
+    assert received.items() >= asdict(sent).items()
     told = {
         (row["type"], row.get("note", row.get("reason")), row.get("counts"))
         for row in store.events_of(handle.id, "approve", "reject", "cancel", "outcome")
     }
     decided = {("approve", "", True), ("reject", "too late", False), ("cancel", "enough", None)}
     assert told == decided | {("outcome", None, None)}
-    check(Scenario("CANCELLED", REFUNDED), outcome)
+    check(cancelled(), outcome)
 
 
 @side_by_side
@@ -1143,19 +1104,19 @@ async def test_an_order_that_code_with_other_defaults_received_is_like_any_other
 ) -> None:
     wing = Wing(stage)
     worker = wing.start_worker()
-    cancelled = await place(wing, "approve", **SLOW_CHARGE)
-    again = await place(wing, "approve", **SLOW_CHARGE)
-    for handle in (cancelled, again):
+    stopped = await place(wing, "approve", charge_payment="slow")
+    again = await place(wing, "approve", charge_payment="slow")
+    for handle in (stopped, again):
         await seen(lambda order_id: "charge" in ledger(order_id), handle.id)
     wing.kill_worker(worker)
     changed = partial(changed_copy, file="activities.py")
     wing.code = changed(wing.folder / "a", text='{"person": 30', instead='{"person": 31')
     wing.code = changed(wing.folder / "b", text='"1 Main Street"', instead='"2 Main"', of=wing.code)
     wing.start_worker()
-    await cancelled.signal("cancel")
+    await stopped.signal("cancel")
     await reset(wing, again, forget=False)
-    check(Scenario("CANCELLED", REFUNDED), await gather(cancelled))
-    check(Scenario("COMPLETED", PAID), await gather(again))
+    check(cancelled(), await gather(stopped))
+    check(completed(), await gather(again))
 
 
 @side_by_side
@@ -1210,7 +1171,7 @@ async def flood(handle: Handle, times: int, kinds: list[tuple[str, str]]) -> Non
 
 def check_flood(outcome: Outcome, sent: int) -> None:
     """See an order ended by its first decision, with each message written down or counted."""
-    check(Scenario("COMPLETED", PAID, status={"decision": "approved"}), outcome)
+    check(completed(status={"decision": "approved"}), outcome)
     order_id = outcome.status["order_id"]
     sorts = ("approve", "reject", "update_address", "address_refused", "dispatch_failed")
     [told] = store.events_of(order_id, "outcome")
@@ -1255,8 +1216,7 @@ async def test_after_a_death_in_the_review_nobody_waits_for_temporals_10_s(stage
     """And a death while the child runs."""
     wing = Wing(stage)
     worker = wing.start_worker()
-    slow = simulate(prepare_package="slow")
-    handle = await place(wing, review_seconds=600, **slow)
+    handle = await place(wing, review_seconds=600, prepare_package="slow")
     await reach(handle, "AWAITING_REVIEW")
     wing.kill_worker(worker)
     await asyncio.sleep(0.5)  # so that the server knows: else it may hand the task to the dead
@@ -1266,7 +1226,7 @@ async def test_after_a_death_in_the_review_nobody_waits_for_temporals_10_s(stage
     wing.kill_worker(worker)
     wing.start_worker()
     outcome = await gather(handle)
-    check(Scenario("COMPLETED", PAID), outcome)
+    check(completed(), outcome)
     events = read_events(outcome.history.events)
     waits = [
         event.at - events[event.begun - 1].at
