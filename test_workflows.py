@@ -388,7 +388,7 @@ CANCELS: list[tuple[str, dict[str, str], dict[str, Any]]] = [
     ("AWAITING_REVIEW", UNPAID, {}),
     ("CHARGING", REFUNDED, {"charge_payment": "slow"}),
     ("CHARGING", VOIDED, {"charge_payment": "late"}),
-    ("SHIPPING", REFUNDED, {"prepare_package": "slow"}),
+    ("SHIPPING", REFUNDED, {"prepare_package": "slow", "look_back": "slow"}),
 ]
 for (state, left, fields), way in itertools.product(CANCELS, ("cancel", "CANCEL")):
     sends = [YES] * (state in ("CHARGING", "SHIPPING")) + [(state, way, "stop")]
@@ -496,11 +496,6 @@ async def seen(condition: Callable[..., Any], *given: Any) -> None:
             if await holds if asyncio.iscoroutine(holds) else holds:
                 return
             await asyncio.sleep(0.4)  # each look costs a busy machine some ms
-
-
-def until(condition: Callable[..., Any], *given: Any) -> None:
-    """Wait likewise, where nothing is async."""
-    within(seen(condition, *given))
 
 
 def ledger(order_id: str, what: str = "status") -> dict[str, Any]:
@@ -718,15 +713,11 @@ def test_only_what_a_workflow_is_given_may_be_anything() -> None:
         converter.from_payloads([payload], [str])
 
 
-@side_by_side
-async def test_a_stop_stops_the_shipping_before_anything_is_undone(stage: Stage) -> None:
+def test_a_stop_stops_the_shipping_before_anything_is_undone(played: dict[str, Any]) -> None:
     """Or a package could leave while the undos take their time."""
-    handle = await place(stage, "approve", prepare_package="slow", look_back="slow")
-    await reach(handle, "prepare_package")
-    await handle.signal("cancel")
-    check(cancelled(), await gather(handle))
-    packed = store.events_of(handle.id, "prepare_package")
-    assert packed[-1]["ended"].startswith("CancelledError")
+    for outcome in [played[name] for name in SCENARIOS if "while SHIPPING" in name]:
+        packed = [event for event in outcome.events if event["type"] == "prepare_package"]
+        assert packed[-1]["ended"].startswith("CancelledError")
 
 
 @side_by_side
@@ -1190,16 +1181,20 @@ async def test_an_order_outlives_the_messages_that_come_while_no_worker_lives(st
 
 
 @side_by_side
-async def test_an_order_outlives_the_messages_that_come_around_a_death(stage: Stage) -> None:
+async def test_an_order_outlives_messages_around_deaths_and_nobody_waits_for_temporals_10_s(
+    stage: Stage,
+) -> None:
+    """After deaths in the review, and one while the child runs."""
     wing = Wing(stage)
     worker = wing.start_worker()
-    handle = await place(wing, review_seconds=600)
+    handle = await place(wing, review_seconds=600, prepare_package="slow")
     await reach(handle, "AWAITING_REVIEW")
     await flood(handle, 130, MOVES)
     for _ in range(10):
         await handle.execute_update("update_address", "3 Own Street")
         await refusal(handle, " ")
     wing.kill_worker(worker)
+    await asyncio.sleep(0.5)  # so that the server knows: else it may hand the task to the dead
     await flood(handle, 30, MOVES)
     worker = wing.start_worker()
     await flood(handle, 30, MOVES)
@@ -1207,26 +1202,12 @@ async def test_an_order_outlives_the_messages_that_come_around_a_death(stage: St
     await handle.signal("approve", "first")
     await flood(handle, 30, MOVES)
     await handle.signal("reject", "second")
-    wing.start_worker()
-    check_flood(await gather(handle), 130 * 3 + 10 + 3 * 30 * 3 + 2)
-
-
-@side_by_side
-async def test_after_a_death_in_the_review_nobody_waits_for_temporals_10_s(stage: Stage) -> None:
-    """And a death while the child runs."""
-    wing = Wing(stage)
-    worker = wing.start_worker()
-    handle = await place(wing, review_seconds=600, prepare_package="slow")
-    await reach(handle, "AWAITING_REVIEW")
-    wing.kill_worker(worker)
-    await asyncio.sleep(0.5)  # so that the server knows: else it may hand the task to the dead
-    await handle.signal("approve")
     worker = wing.start_worker()
     await reach(handle, "prepare_package")
     wing.kill_worker(worker)
     wing.start_worker()
     outcome = await gather(handle)
-    check(completed(), outcome)
+    check_flood(outcome, 130 * 3 + 10 + 3 * 30 * 3 + 2)
     events = read_events(outcome.history.events)
     waits = [
         event.at - events[event.begun - 1].at
@@ -1369,7 +1350,7 @@ def test_the_first_decision_stands_and_what_has_ended_is_not_told_as_going_on(st
     answers(starter(*late), 0, "late started")
     answers(signals("approve", "late"), 0, "approve sent")
     answers(signals("reject", "late"), 1, "only recorded")
-    until(store.count, "late", "charge_payment")
+    within(seen(store.count, "late", "charge_payment"))
     answers(signals("history", "late"), 0, "      now  charge_payment\n")
     answers(signals("cancel", "late"), 0, "cancel sent")
     answers(signals("watch", "late"), 0, "late CANCELLED")
@@ -1449,11 +1430,11 @@ async def test_without_a_worker_a_signal_is_kept_and_a_question_is_given_up(stag
 
 
 @side_by_side
-def test_a_locked_ledger_is_outlived_and_keeps_nobody_who_leaves(stage: Stage) -> None:
+async def test_a_locked_ledger_is_outlived_and_keeps_nobody_who_leaves(stage: Stage) -> None:
     wing = Wing(stage, own_ledger=True)
     order = ["order", "locked", *LASTING, *TIMER]
     worker = wing.start_worker()
-    until(lambda: "serves" in wing.log())
+    await seen(lambda: "serves" in wing.log())
     with closing(sqlite3.connect(wing.store, timeout=LONG, isolation_level=None)) as another:
         another.execute("BEGIN IMMEDIATE")
         answers(wing.run("starter.py", *order), 0, "locked started")
@@ -1493,7 +1474,7 @@ def test_load_ends_by_itself_with_what_an_order_costs_and_a_clean_audit(_: Stage
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no process groups to signal")
 @side_by_side
-def test_who_leaves_at_any_moment_leaves_nothing_behind(stage: Stage) -> None:
+async def test_who_leaves_at_any_moment_leaves_nothing_behind(stage: Stage) -> None:
     # In the server's start, then in the play.
     for number, seconds, line in (1, 0, "crash timer"), (15, 3, "chaos"), (2, 3, "crash timer"):
         folder = stage.folder / f"left-{number}-{line[:5]}"
@@ -1502,7 +1483,7 @@ def test_who_leaves_at_any_moment_leaves_nothing_behind(stage: Stage) -> None:
         pipes |= {"env": os.environ | {"TMPDIR": str(folder)}, "start_new_session": True}
         pipes["cwd"] = HERE
         with subprocess.Popen([sys.executable, "starter.py", *line.split()], **pipes) as starter:
-            until(lambda folder: any(folder.glob("orders-*/temporal.db")), folder)
+            await seen(lambda folder: any(folder.glob("orders-*/temporal.db")), folder)
             time.sleep(seconds)
             for _ in range(2):  # in a hurry, and to its whole group, as a terminal does it
                 os.killpg(starter.pid, number)
@@ -1515,7 +1496,7 @@ def test_who_leaves_at_any_moment_leaves_nothing_behind(stage: Stage) -> None:
 
 
 @side_by_side
-def test_the_server_command_is_the_server_and_keeps_its_data(stage: Stage) -> None:
+async def test_the_server_command_is_the_server_and_keeps_its_data(stage: Stage) -> None:
     copy = apart(stage.folder / "server")
     pipes: dict[str, Any] = {"cwd": copy, "stdout": subprocess.PIPE, "text": True}
     address = re.findall(r"localhost:\d+", (copy / "worker.py").read_text())[0]
@@ -1525,7 +1506,7 @@ def test_the_server_command_is_the_server_and_keeps_its_data(stage: Stage) -> No
         answers(nobody, 1, "cannot start a Temporal server")
     for known in (False, True):
         with subprocess.Popen(words, **pipes) as server:
-            until(is_listening, address)
+            await seen(is_listening, address)
             if known:
                 answers(run("worker.py", "server", code=copy), 1, f"port {port} is taken")
             order = run("starter.py", "order", "kept", code=copy, TEMPORAL_ADDRESS=address)
@@ -1714,7 +1695,7 @@ class Terminal:
 
     def __init__(self, folder: Path, **environment: str) -> None:
         """Start it; if no other is named, the ledger stands beside the scripts."""
-        self.text, (self.master, slave) = "", os.openpty()
+        self.text, self.ended, (self.master, slave) = "", False, os.openpty()
         alone = {"COLUMNS": "80", "LINES": "24", "TEMPORAL_ADDRESS": "", "CHARGE_STORE": ""}
         self.process = subprocess.Popen(
             [sys.executable, "starter.py"],
@@ -1724,20 +1705,24 @@ class Terminal:
         )
         os.close(slave)
 
-    def read_until(self, pattern: str) -> re.Match[str]:
-        """Read until the pattern comes; what was read up to it is forgotten."""
+    def until(self, seen: Callable[[], Any]) -> Any:
+        """Read until there is something to be seen, bounded, and return that."""
         end = time.monotonic() + LONG
-        while not (found := re.search(pattern, self.text)):
-            assert time.monotonic() < end, f"no {pattern} in {self.text[-2000:]}"
-            self.read()
-        self.text = self.text[found.end() :]
+        while not (found := seen()):
+            assert time.monotonic() < end, self.text[-2000:]
+            if select.select([self.master], [], [], 0.2)[0]:
+                read = b""
+                with suppress(OSError):  # on Linux the end of what there is to read
+                    read = os.read(self.master, 65536)
+                self.text += read.decode(errors="replace")
+                self.ended = not read
         return found
 
-    def read(self) -> None:
-        """Read what there is."""
-        if select.select([self.master], [], [], 0.2)[0]:
-            with suppress(OSError):  # the program has ended
-                self.text += os.read(self.master, 65536).decode(errors="replace")
+    def read_until(self, pattern: str) -> re.Match[str]:
+        """Read until the pattern comes; what was read up to it is forgotten."""
+        found: re.Match[str] = self.until(lambda: re.search(pattern, self.text))
+        self.text = self.text[found.end() :]
+        return found
 
     def type(self, line: str = "") -> None:
         """Type a line."""
@@ -1750,14 +1735,10 @@ class Terminal:
             self.type(answer)
 
     def close(self) -> int:
-        """Read until the program's end, and return its exit code."""
-        end = time.monotonic() + LONG
-        while self.process.poll() is None:
-            assert time.monotonic() < end, self.text[-2000:]
-            self.read()
-        self.read()
+        """Read to the end, and return the program's exit code."""
+        self.until(lambda: self.ended)
         os.close(self.master)
-        return self.process.returncode
+        return self.process.wait(LONG)
 
 
 def apart(folder: Path) -> Path:
@@ -1766,13 +1747,13 @@ def apart(folder: Path) -> Path:
     return changed_copy(folder, "worker.py", '"localhost:7233"', address)
 
 
-def leave(terminal: Terminal, typed: bytes) -> int:
-    """Leave in a wait: what is not done yet is named, nothing of ours stays; return the code."""
+def leave(terminal: Terminal, typed: bytes, told: str) -> int:
+    """Leave in a wait: what is not done yet is named, and what becomes of it; return the code."""
     terminal.play((r"q \[\d\]: ", "nobody"), ("Enter begins: ", ""))
     order = terminal.read_until(r"(order-\w+) is placed")[1]
     terminal.read_until("waiting until")
     os.write(terminal.master, typed)
-    terminal.read_until(rf"{order}: not done yet, and kept in temporal\.db")
+    terminal.read_until(rf"{order}: not done yet{told}")
     code = terminal.close()
     assert "Traceback" not in terminal.text
     return code
@@ -1780,7 +1761,7 @@ def leave(terminal: Terminal, typed: bytes) -> int:
 
 @by_hand
 def test_enter_all_the_way_plays_exercise_1_and_its_crash_is_real(stage: Stage) -> None:
-    """One terminal, no server, no worker: the starter brings them and ends them."""
+    """One terminal, no server, no worker: the starter brings them and ends them, by Ctrl+C too."""
     copy = apart(stage.folder / "enter")
     terminal = Terminal(copy)
     server = terminal.read_until(r"server: ([^,]+),")[1]
@@ -1801,8 +1782,8 @@ def test_enter_all_the_way_plays_exercise_1_and_its_crash_is_real(stage: Stage) 
     terminal.read_until(r"Explain\.(?s:.*)done: 1 · next: 2 charge")
     terminal.play((r"q \[2\]: ", "?"))
     terminal.read_until(r"\nx  1 ")
-    assert leave(terminal, b"q\n") == 1 and not within(is_listening(server))
-    assert "exercise 6: you left before its end" in terminal.text
+    assert leave(terminal, b"\x03", r", and kept in temporal\.db") == 130
+    assert not within(is_listening(server))
     audit = run("charge_store.py", "--audit", CHARGE_STORE=str(copy / "charge_store.db"))
     answers(audit, 0, "audit: 2 orders, clean")
 
@@ -1834,14 +1815,7 @@ def test_exercise_2_sees_what_a_person_does_in_other_terminals(stage: Stage) -> 
 
 
 @by_hand
-def test_ctrl_c_in_the_middle_of_a_wait_leaves_nothing_behind(stage: Stage) -> None:
-    terminal = Terminal(apart(stage.folder / "leaving"))
-    server = terminal.read_until(r"server: ([^,]+),")[1]
-    assert leave(terminal, b"\x03") == 130 and not within(is_listening(server))
-
-
-@by_hand
-def test_what_showed_nothing_is_not_explained_and_is_offered_again(stage: Stage) -> None:
+async def test_what_showed_nothing_is_not_explained_and_is_offered_again(stage: Stage) -> None:
     """What came too late, and what a second worker did of which nobody thought: it is named."""
     wing = Wing(stage, own_ledger=True)
     wing.start_worker()
@@ -1852,14 +1826,14 @@ def test_what_showed_nothing_is_not_explained_and_is_offered_again(stage: Stage)
     told = terminal.read_until(r"next: 2 charge(?s:.*)q \[2\]: ")[0]
     assert "Explain" not in told and "Enter goes on" not in told
     wing.start_worker()
-    until(lambda: wing.log().count("stop it: Ctrl+C") == 2)
+    await seen(lambda: wing.log().count("stop it: Ctrl+C") == 2)
     terminal.type("99")
     terminal.play((r"no exercise 99; there are.*", "1"), ("123]: ", "pty-9"), (r"99\]: ", "1"))
     terminal.play((r"10\]: ", "8"), (r"Enter kills worker", ""))
     named = terminal.read_until(r"not shown: [^(]*?(\d+)[^(]*serves")[1]
     assert int(named) in {worker.pid for worker in wing.workers}
-    terminal.play((r"q \[1\]: ", "\x04"))  # Ctrl+D
-    assert terminal.close() == 1
+    assert leave(terminal, b"\x04", "; to end one: temporal workflow") == 1  # Ctrl+D
+    assert "exercise 6: you left before its end" in terminal.text
 
 
 @side_by_side
@@ -1948,24 +1922,30 @@ def row(type_: str, ts: float, attempt: int = 0, **payload: Any) -> dict[str, An
 CHARGING = partial(row, "charge_payment")
 PICTURES: dict[str, tuple[list[Event], list[dict[str, Any]], str]] = {
     # (history, ledger, what is drawn at 11 s)
-    "a worker with nothing in its hands is killed or stopped; one dies at work at a known moment": (
-        [ran(1, 0), *timed("1/2 x", 0, 8), ran(2, 1), END],
+    "who idles is killed or stopped, one dies at work; short bars; one goes on after the end": (
+        [ran(1, 0), *timed("1/2 x", 0, 8), ran(2, 1), Event("SIGNALED", 9, None, 9, "", "?"), END],
         [
+            row("receive_order", 0, 1, worker=5, ended="Outage", seconds=0.01),
             row("killed", 2, worker=1),
             row("stopped", 4, worker=2),
             CHARGING(4, 1, worker=3),
             row("killed", 5, worker=3),
+            row("dispatch_carrier", 6, 1, worker=6),
             CHARGING(8, 2, worker=4, ended="ok", seconds=2),
+            row("record_outcome", 10, 1, worker=5, ended="ok", seconds=0.01),
             row("killed", 11, worker=4),  # after the end
         ],
         """
-Temporal       1/2 x ==================|
-worker 1       -     X
-worker 2          -        /
-worker 3                   ===X charge
-worker 4                        charge ======|
-               X its worker died   / stopped
-               | end   - ran the code""",
+Temporal       1/2 x ================|  !
+worker 1       -    X
+worker 5       x receive           record |
+worker 2          -       /
+worker 3                  ===X charge
+worker 6                       dispatch =====>
+worker 4                      charge =====|
+               X its worker died   x failed
+               / stopped   ! message   > goes
+               on   | end   - ran the code""",
     ),
     "an order goes on: no server, then none again, code that fails, dead workers, not followed": (
         [*timed("wait", 0, 8)[:1], ran(1, 0, "FAILED"), ran(1, 3, "FAILED")],
@@ -1986,22 +1966,8 @@ worker 2                     charge =X
                failed   > goes on   . no
                server""",
     ),
-    "names stand beside bars that are too short; an attempt goes on when its order has ended": (
-        [ran(1, 0), *timed("Deadline", 0, 9), Event("SIGNALED", 5, None, 9, "", "worker 9"), END],
-        [
-            CHARGING(1, 1, worker=1, ended="Outage", seconds=0.01),
-            row("dispatch_carrier", 6, 1, worker=2),
-            CHARGING(10, 2, worker=1, ended="ok", seconds=0.01),
-        ],
-        """
-Temporal                     !
-worker 1       -  x charge         charge |
-worker 2                       dispatch =====>
-               x failed   ! message   > goes
-               on   | end   - ran the code""",
-    ),
     "a worker died that fell silent or whose answer was lost; who lives failed or was stopped": (
-        [ran(1, 0.5), ran(2, 10), END],
+        [ran(1, 0.5), *timed("Deadline", 0, 9), ran(2, 10), END],
         [
             CHARGING(0, 1, worker=1),
             row("record_decision", 1, 1, worker=5, ended="ok", seconds=1),
