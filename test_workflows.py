@@ -469,10 +469,8 @@ ENDS = ("COMPLETED", "CANCELLED", "REJECTED", "EXPIRED", "FAILED")
 
 async def status_of(handle: Handle) -> dict[str, Any]:
     """Query an order's status, again while there is no worker."""
-    while True:
-        with suppress(RPCError):
-            status: dict[str, Any] = await handle.query("status", rpc_timeout=timedelta(seconds=3))
-            return status
+    query = partial(handle.query, rpc_timeout=timedelta(seconds=3))
+    return dict(await seen(query, "status"))
 
 
 async def reach(handle: Handle, state: str) -> None:
@@ -482,19 +480,21 @@ async def reach(handle: Handle, state: str) -> None:
         if state == "DISPATCHED":
             return "dispatch" in ledger(handle.id)
         if state in STEPS:
-            return store.count(handle.id, state) > 0
+            return bool(store.events_of(handle.id, state, "outcome"))
         return (await status_of(handle))["state"] in (state, *ENDS)
 
     await seen(reached)
 
 
-async def seen(condition: Callable[..., Any], *given: Any) -> None:
-    """Wait until the condition, which may be async, holds, bounded."""
+async def seen(sight: Callable[..., Any], *given: Any) -> Any:
+    """Look, it may be async, until there is something to see, bounded; return that."""
     async with asyncio.timeout(LONG):
         while True:
-            holds = condition(*given)
-            if await holds if asyncio.iscoroutine(holds) else holds:
-                return
+            with suppress(RPCError):  # nobody answers yet
+                found = sight(*given)
+                found = await found if asyncio.iscoroutine(found) else found
+                if found:
+                    return found
             await asyncio.sleep(0.4)  # each look costs a busy machine some ms
 
 
@@ -1691,11 +1691,11 @@ def test_the_edits_of_the_exercises_are_the_readmes_and_by_enter_they_are_of_the
 
 
 class Terminal:
-    """The starter in a pseudo-terminal: read until it says something, type."""
+    """The starter in a pseudo-terminal, to talk with; bounded."""
 
     def __init__(self, folder: Path, **environment: str) -> None:
         """Start it; if no other is named, the ledger stands beside the scripts."""
-        self.text, self.ended, (self.master, slave) = "", False, os.openpty()
+        self.text, self.end, (self.master, slave) = "", time.monotonic() + 3 * LONG, os.openpty()
         alone = {"COLUMNS": "80", "LINES": "24", "TEMPORAL_ADDRESS": "", "CHARGE_STORE": ""}
         self.process = subprocess.Popen(
             [sys.executable, "starter.py"],
@@ -1705,38 +1705,39 @@ class Terminal:
         )
         os.close(slave)
 
-    def until(self, seen: Callable[[], Any]) -> Any:
-        """Read until there is something to be seen, bounded, and return that."""
-        end = time.monotonic() + LONG
-        while not (found := seen()):
-            assert time.monotonic() < end, self.text[-2000:]
-            if select.select([self.master], [], [], 0.2)[0]:
-                read = b""
-                with suppress(OSError):  # on Linux the end of what there is to read
-                    read = os.read(self.master, 65536)
-                self.text += read.decode(errors="replace")
-                self.ended = not read
-        return found
+    def talk(self, *parts: str | tuple[str, str]) -> re.Match[str]:
+        """Read until each pattern comes, and type the answer if it has one; return the last match.
 
-    def read_until(self, pattern: str) -> re.Match[str]:
-        """Read until the pattern comes; what was read up to it is forgotten."""
-        found: re.Match[str] = self.until(lambda: re.search(pattern, self.text))
-        self.text = self.text[found.end() :]
-        return found
+        What was read up to it is forgotten.
+        """
+        for part in parts:
+            pattern, *answers = [part] if isinstance(part, str) else part
+            while not (found := re.search(pattern, self.text)):
+                assert self.read(), f"no {pattern} in {self.text[-2000:]}"
+            self.text, last = self.text[found.end() :], found
+            for answer in answers:
+                self.type(answer)
+        return last
+
+    def read(self) -> bool:
+        """Read what there is; tell whether more may come."""
+        assert time.monotonic() < self.end, self.text[-2000:]
+        if not select.select([self.master], [], [], 0.2)[0]:
+            return True
+        new = b""
+        with suppress(OSError):  # on Linux, when the program has ended
+            new = os.read(self.master, 65536)
+        self.text += new.decode(errors="replace")
+        return new != b""
 
     def type(self, line: str = "") -> None:
         """Type a line."""
         os.write(self.master, f"{line}\n".encode())
 
-    def play(self, *talk: tuple[str, str]) -> None:
-        """Read until each pattern comes, and type the answer to it."""
-        for pattern, answer in talk:
-            self.read_until(pattern)
-            self.type(answer)
-
     def close(self) -> int:
-        """Read to the end, and return the program's exit code."""
-        self.until(lambda: self.ended)
+        """Read until the program's end, and return its exit code."""
+        while self.read():
+            pass
         os.close(self.master)
         return self.process.wait(LONG)
 
@@ -1749,11 +1750,11 @@ def apart(folder: Path) -> Path:
 
 def leave(terminal: Terminal, typed: bytes, told: str) -> int:
     """Leave in a wait: what is not done yet is named, and what becomes of it; return the code."""
-    terminal.play((r"q \[\d\]: ", "nobody"), ("Enter begins: ", ""))
-    order = terminal.read_until(r"(order-\w+) is placed")[1]
-    terminal.read_until("waiting until")
+    terminal.talk((r"q \[\d\]: ", "nobody"), ("Enter begins: ", ""))
+    order = terminal.talk(r"(order-\w+) is placed")[1]
+    terminal.talk("waiting until")
     os.write(terminal.master, typed)
-    terminal.read_until(rf"{order}: not done yet{told}")
+    terminal.talk(rf"{order}: not done yet{told}")
     code = terminal.close()
     assert "Traceback" not in terminal.text
     return code
@@ -1764,24 +1765,20 @@ def test_enter_all_the_way_plays_exercise_1_and_its_crash_is_real(stage: Stage) 
     """One terminal, no server, no worker: the starter brings them and ends them, by Ctrl+C too."""
     copy = apart(stage.folder / "enter")
     terminal = Terminal(copy)
-    server = terminal.read_until(r"server: ([^,]+),")[1]
-    terminal.play(*((question, "") for question in (r"q \[1\]: ", r"\[customer-123\]: ")))
-    terminal.play((r"Amount \[99.99\]: ", "9" * 5000), (r"must be an amount.*\n", "5"))
-    terminal.play((r"Wait seconds \[10\]: ", "86400"), (r"must be 2 to 60 seconds.*\n", "6"))
-    victim = int(terminal.read_until(r"Enter kills worker (\d+)")[1])
+    server = terminal.talk(r"server: ([^,]+),")[1]
+    terminal.talk((r"q \[1\]: ", ""), (r"\[customer-123\]: ", ""))
+    terminal.talk((r"Amount \[99.99\]: ", "9" * 5000), (r"must be an amount.*\n", "5"))
+    terminal.talk((r"Wait seconds \[10\]: ", "86400"), (r"must be 2 to 60 seconds.*\n", "6"))
+    victim = int(terminal.talk(r"Enter kills worker (\d+)")[1])
     os.kill(victim, 0)
     terminal.type()
-    terminal.read_until(f"worker {victim} is dead")
+    terminal.talk(f"worker {victim} is dead")
     assert not is_process(victim)
-    terminal.play((r"Enter starts another worker", ""))
-    terminal.read_until(r"Temporal +Wait before the charge =")
-    assert terminal.read_until(r"worker (\d+) +-? *X")[1] == str(victim)
-    terminal.read_until(r"requests 1, charged once")
-    terminal.read_until(r"\nheld\r\n")
-    terminal.play((r"Observe\.(?s:.*)Enter goes on: ", ""))
-    terminal.read_until(r"Explain\.(?s:.*)done: 1 · next: 2 charge")
-    terminal.play((r"q \[2\]: ", "?"))
-    terminal.read_until(r"\nx  1 ")
+    terminal.talk(("Enter starts another worker", ""), r"Temporal +Wait before the charge =")
+    assert terminal.talk(r"worker (\d+) +-? *X")[1] == str(victim)
+    terminal.talk("requests 1, charged once", r"\nheld\r\n")
+    terminal.talk((r"Observe\.(?s:.*)Enter goes on: ", ""))
+    terminal.talk(r"Explain\.(?s:.*)done: 1 · next: 2 charge", (r"q \[2\]: ", "?"), r"\nx  1 ")
     assert leave(terminal, b"\x03", r", and kept in temporal\.db") == 130
     assert not within(is_listening(server))
     audit = run("charge_store.py", "--audit", CHARGE_STORE=str(copy / "charge_store.db"))
@@ -1793,24 +1790,20 @@ def test_exercise_2_sees_what_a_person_does_in_other_terminals(stage: Stage) -> 
     wing = Wing(stage, own_ledger=True)
     wing.start_worker()
     terminal = Terminal(HERE, **wing.environment())
-    terminal.play((r"q \[1\]: ", "2"), ("Enter begins: ", ""))
+    terminal.talk((r"q \[1\]: ", "2"), ("Enter begins: ", ""))
     for stop, seen in ((signal.SIGINT, "has stopped"), (signal.SIGKILL, "is dead")):
         worker = wing.workers.pop()
-        terminal.read_until(rf"Enter (stops|kills) worker {worker.pid} ")
+        terminal.talk(rf"Enter (stops|kills) worker {worker.pid} ")
         worker.send_signal(stop)
         worker.wait(LONG)
-        terminal.read_until(f"worker {worker.pid} {seen}")
-        terminal.read_until(r"Now: ")
+        terminal.talk(f"worker {worker.pid} {seen}", "Now: ")
         wing.start_worker()
-        terminal.read_until("a new worker starts")
-        terminal.read_until("attempt 2")
+        terminal.talk("a new worker starts", "attempt 2")
         if stop == signal.SIGINT:
-            terminal.play(("Enter places a second charge: ", ""))
+            terminal.talk(("Enter places a second charge: ", ""))
     for mark in ("/", "X"):
-        terminal.read_until(rf"worker \d+ +[- ]*(?:charge )?=*{mark}")
-        terminal.read_until("requests 2, charged once")
-    terminal.read_until(r"\nheld\r\n")
-    terminal.play((r"Enter goes on: ", ""), (r"q \[3\]: ", "q"))
+        terminal.talk(rf"worker \d+ +[- ]*(?:charge )?=*{mark}", "requests 2, charged once")
+    terminal.talk(r"\nheld\r\n", ("Enter goes on: ", ""), (r"q \[3\]: ", "q"))
     assert terminal.close() == 0
 
 
@@ -1820,17 +1813,16 @@ async def test_what_showed_nothing_is_not_explained_and_is_offered_again(stage: 
     wing = Wing(stage, own_ledger=True)
     wing.start_worker()
     terminal = Terminal(HERE, **wing.environment())
-    terminal.play((r"q \[1\]: ", "charge"), ("Enter begins: ", ""))
-    terminal.read_until(r"Enter stops worker")
-    terminal.read_until(r"not shown: too late")
-    told = terminal.read_until(r"next: 2 charge(?s:.*)q \[2\]: ")[0]
+    terminal.talk((r"q \[1\]: ", "charge"), ("Enter begins: ", ""), "Enter stops worker")
+    terminal.talk("not shown: too late")
+    told = terminal.talk(r"next: 2 charge(?s:.*)q \[2\]: ")[0]
     assert "Explain" not in told and "Enter goes on" not in told
     wing.start_worker()
     await seen(lambda: wing.log().count("stop it: Ctrl+C") == 2)
     terminal.type("99")
-    terminal.play((r"no exercise 99; there are.*", "1"), ("123]: ", "pty-9"), (r"99\]: ", "1"))
-    terminal.play((r"10\]: ", "8"), (r"Enter kills worker", ""))
-    named = terminal.read_until(r"not shown: [^(]*?(\d+)[^(]*serves")[1]
+    terminal.talk(("no exercise 99; there are.*", "1"), ("123]: ", "pty-9"), (r"99\]: ", "1"))
+    terminal.talk((r"10\]: ", "8"), ("Enter kills worker", ""))
+    named = terminal.talk(r"not shown: [^(]*?(\d+)[^(]*serves")[1]
     assert int(named) in {worker.pid for worker in wing.workers}
     assert leave(terminal, b"\x04", "; to end one: temporal workflow") == 1  # Ctrl+D
     assert "exercise 6: you left before its end" in terminal.text
