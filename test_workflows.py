@@ -363,12 +363,6 @@ SCENARIOS: dict[str, Scenario] = {
     ),
     # A reset begins another run, which knows nothing of what the one before did. Once the package
     # has left the order is complete, whatever is asked of it then.
-    "expired, and reset at its very end": Scenario(
-        "EXPIRED", UNPAID, ("EXPIRED", "RESET", -1), review_seconds=0.5
-    ),
-    "expired, and reset to when it was": Scenario(
-        "EXPIRED", VOIDED, ("EXPIRED", "RESET", -5), review_seconds=0.5
-    ),
     "cancelled, reset to its review and approved": given_up(
         ("AWAITING_REVIEW", "cancel"), ("CANCELLED", "RESET", 3), APPROVED
     ),
@@ -393,6 +387,9 @@ CANCELS: list[tuple[str, dict[str, str], dict[str, Any]]] = [
 for (state, left, fields), way in itertools.product(CANCELS, ("cancel", "CANCEL")):
     sends = [YES] * (state in ("CHARGING", "SHIPPING")) + [(state, way, "stop")]
     SCENARIOS[f"{way} while {state} {fields}"] = Scenario("CANCELLED", left, *sends, **fields)
+for task, left in ((-1, UNPAID), (-5, VOIDED)):  # its very end, the moment when it expired
+    expired = Scenario("EXPIRED", left, ("EXPIRED", "RESET", task), review_seconds=0.5)
+    SCENARIOS[f"expired, and reset to {task}"] = expired
 # An order that is reset while it is undone is not taken up again: or it would be charged and sent,
 # and then the refund of the run before would land.
 for task in (0, 3):  # its start, its review
