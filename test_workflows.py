@@ -2,7 +2,7 @@
 
 Many orders run side by side, once; each test then looks at one of them. Every wait is bounded and
 polls for a condition. Where a busy machine was late for the 5 s of a slow step, the order is
-played again.
+played again, three times at most, with a warning.
 """
 
 import argparse
@@ -23,6 +23,7 @@ import subprocess
 import sys
 import time
 import uuid
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -382,10 +383,11 @@ CANCELS: list[tuple[str, dict[str, str], dict[str, Any]]] = [
     ("AWAITING_REVIEW", UNPAID, {}),
     ("CHARGING", REFUNDED, {"charge_payment": "slow"}),
     ("CHARGING", VOIDED, {"charge_payment": "late"}),
-    ("SHIPPING", REFUNDED, {"prepare_package": "slow", "look_back": "slow"}),
+    ("SHIPPING", REFUNDED, {"prepare_package": "slow"}),
+    ("prepare_package", REFUNDED, {"prepare_package": "slow", "look_back": "slow"}),
 ]
 for (state, left, fields), way in itertools.product(CANCELS, ("cancel", "CANCEL")):
-    sends = [YES] * (state in ("CHARGING", "SHIPPING")) + [(state, way, "stop")]
+    sends = [YES] * (state not in ("WAITING", "AWAITING_REVIEW")) + [(state, way, "stop")]
     SCENARIOS[f"{way} while {state} {fields}"] = Scenario("CANCELLED", left, *sends, **fields)
 for task, left in ((-1, UNPAID), (-5, VOIDED)):  # its very end, the moment when it expired
     expired = Scenario("EXPIRED", left, ("EXPIRED", "RESET", task), review_seconds=0.5)
@@ -527,6 +529,7 @@ async def play_all(stage: Stage, scenarios: dict[str, Scenario], at_once: int) -
                 outcome = await asyncio.wait_for(play(stage, scenarios[name]), 2 * LONG)
                 if not was_late(scenarios[name], outcome):
                     break
+                warnings.warn(f"{name}: a busy machine was late for its slow step", stacklevel=1)
         return outcome
 
     outcomes = await asyncio.gather(*map(one, names), return_exceptions=True)
@@ -712,7 +715,7 @@ def test_only_what_a_workflow_is_given_may_be_anything() -> None:
 
 def test_a_stop_stops_the_shipping_before_anything_is_undone(played: dict[str, Any]) -> None:
     """Or a package could leave while the undos take their time."""
-    for outcome in [played[name] for name in SCENARIOS if "while SHIPPING" in name]:
+    for outcome in [played[name] for name in SCENARIOS if "while prepare_package" in name]:
         packed = [event for event in outcome.events if event["type"] == "prepare_package"]
         assert packed[-1]["ended"].startswith("CancelledError")
 
