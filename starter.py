@@ -93,7 +93,7 @@ async def place(options: argparse.Namespace) -> None:
     except ApplicationError as error:
         print(f"starter.py: {error.message}", file=sys.stderr)
         sys.exit(2)
-    async with temporal(quiet=False) as (stage, ours):
+    async with temporal(quiet=False) as stage:
         client = stage.client
         handle = client.get_workflow_handle(order.order_id)
         try:
@@ -106,8 +106,8 @@ async def place(options: argparse.Namespace) -> None:
             say(f"{order.order_id} is running already: attached to it, nothing was started")
         page = f"namespaces/{client.namespace}/workflows/{order.order_id}"
         say(f"see it: {web_ui(stage.address)}/{page}")
-        if ours or options.wait_result:
-            await signals.follow(client, order.order_id, stage.revive if ours else None)
+        if stage.ours or options.wait_result:
+            await signals.follow(client, order.order_id, stage.revive if stage.ours else None)
         else:
             say((await signals.picture(handle))[0])
 
@@ -122,16 +122,16 @@ async def start(client: Client, raw: dict[str, Any], **options: Any) -> None:
 
 
 @asynccontextmanager
-async def temporal(quiet: bool) -> AsyncIterator[tuple[Stage, bool]]:
+async def temporal(quiet: bool) -> AsyncIterator[Stage]:
     """Use the server that is there; if none was configured and none is there, bring up our own.
 
-    Tells whether it is ours. quiet: our worker's lines go to a file and not to the screen.
+    quiet: our worker's lines go to a file and not to the screen.
     """
     if client_config() or await is_listening(DEFAULT_ADDRESS):
         stage = Stage(HERE, 0)
         stage.client = await connect()
         stage.address = stage.client.service_client.config.target_host
-        yield stage, False
+        yield stage
         return
     with TemporaryDirectory(prefix="orders-", ignore_cleanup_errors=True) as folder:
         logs = Path(folder) / "workers.log" if quiet else None
@@ -141,7 +141,7 @@ async def temporal(quiet: bool) -> AsyncIterator[tuple[Stage, bool]]:
             kept = nearby(HERE / "temporal.db")
             say(f"Web UI: {web_ui(DEFAULT_ADDRESS)}  unfinished orders stay in {kept}")
             stage.start_worker()
-            yield stage, True
+            yield stage
 
 
 # The exercises. `t` is the player, the machine or a person; README.md has the words for a person,
@@ -172,16 +172,17 @@ NO_KEY = ("activities.py", KEY, KEY[:-1] + ' + f"-{activity.info().attempt}")')
 
 async def no_temporal(t: "Player") -> None:
     """The contrast, a plain background job: charged twice, and a waiting order lost."""
-    charging, waiting = plain_job(t.stage, "charging", 0), plain_job(t.stage, "waiting", 3)
-    await t.until("the provider has charged; its answer is on the way", charged, "charging")
+    order, other = f"job-{token_hex(4)}", f"job-{token_hex(4)}"
+    charging, waiting = plain_job(t.stage, order, 0), plain_job(t.stage, other, 3)
+    await t.until("the provider has charged; its answer is on the way", charged, order)
     charging.kill()
     waiting.kill()
     t.tell(f"jobs {charging.pid}, charging, and {waiting.pid}, waiting, die")
-    again = plain_job(t.stage, "charging", 0)
+    again = plain_job(t.stage, order, 0)
     t.tell(f"the queue delivers the job again that nobody noted as done, to {again.pid}")
     await t.until("that job is done", lambda: again.poll() is not None)
-    t.check(len(store.effects_of("charging")) == 2, "charged twice")
-    t.check(not store.effects_of("waiting"), "the waiting order is lost")
+    t.check(len(store.effects_of(order)) == 2, "charged twice")
+    t.check(not store.effects_of(other), "the waiting order is lost")
 
 
 async def timer(t: "Player") -> None:
@@ -379,7 +380,7 @@ EXERCISES: list[Exercise] = [
     *(no_temporal, timer, charge, approve, outage, card, nobody, address),
     *(shipping, bug, server, deploy, reset, late, points, no_key),
 ]
-CONTRASTS = (no_temporal, no_key)  # on a server and a ledger apart, as they charge twice
+CONTRASTS = (no_temporal, no_key)  # never in a person's own ledger, as they charge twice
 NAMES = [exercise.__name__.replace("_", "-") for exercise in EXERCISES]
 
 JOB = """
@@ -442,30 +443,28 @@ class Player:
 
     by_hand = False  # a person needs longer than a machine
 
-    def __init__(self, stage: Stage, ours: bool = True) -> None:
-        """Play on a stage of ours, or on one whose server and workers others run."""
-        self.stage, self.ours = stage, ours
+    def __init__(self, stage: Stage) -> None:
+        self.stage = stage
         self.orders: dict[str, dict[str, Any]] = {}  # what the exercise placed, by order id
         self.running: set[str] = set()  # of these, and of earlier ones, what has not ended
         self.sources: dict[str, str] = {}  # what the exercise edits, as it was at its beginning
         self.since = time.time()  # the last act
-        self.apart = False  # in a contrast
         self.screen = Screen()  # which has the exercise's clock
         self.keyboard: Keyboard | None = None
 
     async def play(self, exercise: Exercise) -> str:
         """Play an exercise; return `held`, `not shown: ...` or `NOT HELD: ...`."""
         self.orders, self.screen, verdict = {}, Screen(), "held"
-        if exercise in CONTRASTS and not self.apart:
+        if exercise in CONTRASTS and self.stage.folder == HERE:
             player = copy.copy(self)
             async with private_stage() as player.stage:
-                player.ours, player.running, player.apart = True, set(), True
+                player.running = set()
                 return await player.play(exercise)
         try:
             async with asyncio.timeout(None if self.by_hand else 120):
                 await self.prepare()
                 await exercise(self)
-            if not self.apart:
+            if exercise not in CONTRASTS:
                 wrong = [line for line in store.audit()[1] if line.split()[0] in self.orders]
                 self.check(not wrong, "audit clean", "; ".join(wrong))
         except Verdict as error:
@@ -487,7 +486,7 @@ class Player:
 
     async def prepare(self) -> None:
         """Have one worker; on a stage of ours a new one, of a copy of our scripts, to be edited."""
-        if self.ours:
+        if self.stage.ours:
             for worker in list(self.stage.workers):
                 self.stage.kill_worker(worker)
                 self.note("killed", worker=worker.pid)
@@ -501,7 +500,7 @@ class Player:
             self.stage.start_worker()
         # One that was killed a moment ago could be given the next task; it would take 10 s to see.
         await self.until("a worker is there", self.served)
-        if self.ours:
+        if self.stage.ours:
             await self.expect_alone(known=[worker.pid for worker in self.stage.workers])
 
     async def expect_alone(self, *queues: str, known: Collection[int] = ()) -> None:
@@ -583,7 +582,7 @@ class Player:
         while not await self.sees(sight, *given):
             if (over := await self.over()) and not await self.sees(sight, *given):
                 raise Verdict(f"not shown: {over} without it: {words}")
-            failed = self.ours and self.stage.workers[-1].poll() in (1, 2)
+            failed = any(worker.poll() in (1, 2) for worker in self.stage.workers)
             self.show(not failed, f"no worker can start: {self.stage.last_words()}")
             await self.overhear()
             if time.monotonic() > patience:
@@ -595,7 +594,7 @@ class Player:
     async def trouble(self) -> str:
         """Say what is missing: the server, a worker, or code that works."""
         hint = f"; start it: {command('worker.py')}"
-        if self.apart or not self.by_hand:  # the machine needs no telling
+        if self.stage.folder != HERE:  # there only we start anything
             return ""
         if await self.server_is_dead():
             return f"no server{hint} server"
@@ -799,7 +798,7 @@ class Player:
         """Run a command; tell whether it worked, and what it said."""
         pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         pipes |= {"stdin": subprocess.DEVNULL}
-        pipes |= {"env": self.stage.environment()} if self.ours else {}
+        pipes |= {"env": self.stage.environment()} if self.stage.ours else {}
         process = await asyncio.create_subprocess_exec(*words, **pipes)
         said = (await process.communicate())[0].decode().strip()
         return process.returncode == 0, said or "it is done"
@@ -856,8 +855,8 @@ class Person(Player):
 
     by_hand = True
 
-    def __init__(self, stage: Stage, ours: bool) -> None:
-        super().__init__(stage, ours)
+    def __init__(self, stage: Stage) -> None:
+        super().__init__(stage)
         self.keyboard: Keyboard = Keyboard()
         self.parts: list[str] = []
         self.verdicts: dict[int, str] = {}
@@ -902,7 +901,7 @@ class Person(Player):
     def say_part(self, label: str) -> None:
         """Print the next part of README.md if it has this label."""
         if self.parts and self.parts[0].startswith(f"{label}."):
-            elsewhere = r"\s*With\s+three\s+terminals:.*" if self.ours else "$"
+            elsewhere = r"\s*With\s+three\s+terminals:.*" if self.stage.ours else "$"
             print(re.sub(elsewhere, "", self.parts.pop(0), flags=re.DOTALL) + "\n", flush=True)
 
     async def turn(
@@ -912,7 +911,7 @@ class Person(Player):
 
         `typed` may be typed there; `elsewhere` must be done there, if the stage is not ours.
         """
-        ours = self.ours or not elsewhere
+        ours = self.stage.ours or not elsewhere
         self.say_part("Do")
         told = f"{'':10}Enter {enter}" if ours else f"{'':10}Now: {elsewhere}"
         if typed:
@@ -939,7 +938,7 @@ class Person(Player):
             async with asyncio.timeout(1):
                 await asyncio.gather(*(self.sees(self.ended, id_) for id_ in self.running))
         kept = f"{', '.join(sorted(self.running))}: not done yet"
-        if self.running and self.ours:
+        if self.running and self.stage.ours:
             say(f"{kept}, and kept in temporal.db; the next start goes on with it")
         elif self.running:
             say(f"{kept}; to end one: temporal workflow cancel -w ID")
@@ -955,11 +954,9 @@ def sections() -> dict[int, tuple[str, str]]:
 
 async def run_prompts(_: argparse.Namespace) -> int:
     """Lead through the exercises until the person leaves; exit 1 if one did not hold."""
-    async with temporal(quiet=True) as (stage, ours):
-        # Our workers run a copy of the scripts, and the ledger is not to be beside that.
-        os.environ["CHARGE_STORE"] = str(store.store_path())
-        person, address, namespace = Person(stage, ours), stage.address, stage.client.namespace
-        say(f"server: {address}, namespace {namespace}, Web UI: {web_ui(address)}")
+    async with temporal(quiet=True) as stage:
+        person, namespace = Person(stage), stage.client.namespace
+        say(f"server: {stage.address}, namespace {namespace}, Web UI: {web_ui(stage.address)}")
         try:
             with suppress(EOFError):
                 await person.offer()

@@ -1649,7 +1649,7 @@ def test_a_worker_that_serves_one_queue_is_none_for_the_other() -> None:
     player = counting()
     player.pollers = AsyncMock(side_effect=lambda *queues: [1] * (SHIPPING_QUEUE not in queues))
     player.server_is_dead = AsyncMock(return_value=False)
-    player.ours, player.orders, player.by_hand = False, {}, True
+    player.orders, player.by_hand = {}, True
     for role, serves in ("orders", True), ("shipping", False), ("all", False):
         assert within(player.served(role)) is serves
     told = within(player.trouble())

@@ -203,6 +203,7 @@ class Stage:
     def __init__(self, folder: Path, port: int, logs: Path | None = None) -> None:
         """Keep the server's data in the folder; the workers write to `logs`, or to the screen."""
         self.folder, self.port, self.logs, self.code = folder, port, logs, HERE
+        self.ours = port > 0  # 0: others run the server and the workers
         self.address = f"127.0.0.1:{port}"
         self.server: subprocess.Popen[bytes] | None = None
         self.client: Client
@@ -239,9 +240,10 @@ class Stage:
         self.server = None
 
     def environment(self) -> dict[str, str]:
-        """Have a process talk to this server, whatever our environment or a profile says."""
+        """Have a process use this server and our ledger, whatever environment or profile say."""
         kept = {name: v for name, v in os.environ.items() if not name.startswith("TEMPORAL_")}
-        return kept | {"TEMPORAL_ADDRESS": self.address, "TEMPORAL_CONFIG_FILE": os.devnull}
+        kept |= {"TEMPORAL_ADDRESS": self.address, "TEMPORAL_CONFIG_FILE": os.devnull}
+        return kept | {"CHARGE_STORE": str(store.store_path())}  # not one beside a copy, in `code`
 
     def start_worker(self, role: str = "all") -> subprocess.Popen[bytes]:
         """Start a worker process, from our scripts or, in `code`, a copy of them."""
