@@ -576,12 +576,14 @@ class Player:
         await self.wait(words, sight, *given)
         self.tell(words)
 
-    async def wait(self, words: str, sight: Sight, *given: Any) -> None:
-        """Wait until something is seen, and say for what; not once the orders have ended."""
+    async def wait(self, words: str, sight: Sight, *given: Any) -> Any:
+        """Wait until something is seen, and say for what; return it. Not after the orders' end."""
         patience = time.monotonic() + 1
-        while not await self.sees(sight, *given):
-            if (over := await self.over()) and not await self.sees(sight, *given):
-                raise Verdict(f"not shown: {over} without it: {words}")
+        while True:
+            over = await self.over()  # asked first: a look after that sees all there will be
+            if seen := await self.sees(sight, *given):
+                return seen
+            self.show(not over, f"{over} without it: {words}")
             failed = any(worker.poll() in (1, 2) for worker in self.stage.workers)
             self.show(not failed, f"no worker can start: {self.stage.last_words()}")
             await self.overhear()
@@ -622,17 +624,16 @@ class Player:
         """Tell how the newest order ended, if all have, so that nothing more can come of them."""
         if not self.orders or await self.server_is_dead():  # to see that would take 1.5 s
             return ""
-        if not all([await self.sees(self.ended, id_) for id_ in self.orders]):
-            return ""
-        newest = list(self.orders)[-1]
-        return f"{newest} ended {await self.sees(end_of, self.handle(newest))}"
+        ends = {order_id: await self.sees(self.end_of, order_id) for order_id in self.orders}
+        newest = list(ends)[-1]
+        return f"{newest} ended {ends[newest]}" if all(ends.values()) else ""
 
     def handle(self, order_id: str) -> signals.Handle:
         """Get at an order's newest run."""
         return self.stage.client.get_workflow_handle(order_id)
 
-    async def ended(self, order_id: str) -> bool:
-        """Tell whether an order has ended."""
+    async def end_of(self, order_id: str) -> str:
+        """Tell how an order ended; nothing while it runs."""
         try:
             status = (await self.handle(order_id).describe()).status
         except RPCError as error:
@@ -641,10 +642,10 @@ class Player:
             raise
         if status == signals.RUNNING:
             self.running.add(order_id)  # once more, after a reset
-            return False
+            return ""
         self.running.discard(order_id)
         self.expect_known(order_id)
-        return True
+        return await end_of(self.handle(order_id))
 
     async def in_history(self, order_id: str, words: str) -> list[float]:
         """Find when events came of which `signals.py history` tells these words, as Unix times."""
@@ -813,8 +814,7 @@ class Player:
         `effects` are what the ledger must show, `asked` the least requests of a kind.
         """
         should = f"; it should take {within:g} s" if within else ""
-        await self.wait(f"{order_id} ends{should}", self.ended, order_id)
-        result = await persist(partial(end_of, self.handle(order_id)))
+        result = await self.wait(f"{order_id} ends{should}", self.end_of, order_id)
         self.check(result == end, f"{order_id} has ended: {end}", f"{order_id} ended {result}")
         for _ in range(100):  # 10 s: what comes late comes within 5
             rows = store.effects_of(order_id)
@@ -920,23 +920,23 @@ class Person(Player):
         await self.overhear()
         print(told, flush=True)
         hurry = not await self.over()  # before the orders end
-        while not await self.sees(done, *given):
-            line = await self.keyboard.line(0.2)
+        while True:
             over = hurry and await self.over()
-            if over and not await self.sees(done, *given):
-                raise Verdict(f"not shown: too late: {over} before that")
+            if await self.sees(done, *given):
+                return False
+            self.show(not over, f"too late: {over} before that")
+            line = await self.keyboard.line(0.2)
             if line is not None and ours:
                 return True
             if line is not None:
                 say(f"{'':10}this is not done yet: {elsewhere}", indent=10)
-        return False
 
     async def goodbye(self) -> None:
         """Say which orders still run and what becomes of them, and what is still edited."""
         print()  # Ctrl+C and Ctrl+D end no line
         with suppress(TimeoutError, Verdict):
             async with asyncio.timeout(1):
-                await asyncio.gather(*(self.sees(self.ended, id_) for id_ in self.running))
+                await asyncio.gather(*(self.sees(self.end_of, id_) for id_ in self.running))
         kept = f"{', '.join(sorted(self.running))}: not done yet"
         if self.running and self.stage.ours:
             say(f"{kept}, and kept in temporal.db; the next start goes on with it")

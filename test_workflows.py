@@ -1662,7 +1662,7 @@ def test_a_worker_that_serves_one_queue_is_none_for_the_other() -> None:
 async def test_another_servers_file_or_another_ledger_is_named(stage: Stage) -> None:
     player = Player(stage)
     with pytest.raises(Verdict, match="not shown: the server does not know nobody"):
-        await player.sees(player.ended, "nobody")
+        await player.sees(player.end_of, "nobody")
     with pytest.raises(Verdict, match=r"not shown: .*charge_store\.db does not know it"):
         player.expect_known("nobody")
 
