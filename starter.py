@@ -858,7 +858,7 @@ class Person(Player):
     def __init__(self, stage: Stage) -> None:
         super().__init__(stage)
         self.keyboard: Keyboard = Keyboard()
-        self.parts: list[str] = []
+        self.parts: list[str] = []  # the exercise's paragraphs in README.md that are still to come
         self.verdicts: dict[int, str] = {}
 
     async def offer(self) -> None:
@@ -884,9 +884,9 @@ class Person(Player):
         """Lead through an exercise: predict, do, see, explain."""
         self.verdicts[number] = "you left before its end"
         title, text = sections()[number]
-        head, *self.parts = re.split(r"\n\n(?=(?:Predict|Do|Observe|Explain)\.)", text)
-        print(f"\nExercise {number}: {title}\n{head}\n")
-        self.say_part("Predict")
+        self.parts = f"\nExercise {number}: {title}\n{text}".split("\n\n")
+        self.say_part()  # what it is about
+        self.say_part()  # Predict.
         if EXERCISES[number] is not timer:  # which asks for its amount first
             await self.ask("Enter begins: ")
         self.verdicts[number] = await self.play(EXERCISES[number])
@@ -894,15 +894,14 @@ class Person(Player):
             say("So there is nothing to explain yet: it is offered again.")
             return
         store.note("the exercises", "held", {"number": number})  # which is no order's id
-        self.say_part("Observe")
+        self.say_part()  # Observe.
         await self.ask("Enter goes on: ")
-        self.say_part("Explain")
+        self.say_part()  # Explain.
 
-    def say_part(self, label: str) -> None:
-        """Print the next part of README.md if it has this label."""
-        if self.parts and self.parts[0].startswith(f"{label}."):
-            elsewhere = r"\s*With\s+three\s+terminals:.*" if self.stage.ours else "$"
-            print(re.sub(elsewhere, "", self.parts.pop(0), flags=re.DOTALL) + "\n", flush=True)
+    def say_part(self) -> None:
+        """Print the next paragraph of README.md, as far as it is for so many terminals."""
+        elsewhere = r"\s*With\s+three\s+terminals:.*" if self.stage.ours else "$"
+        print(re.sub(elsewhere, "", self.parts.pop(0), flags=re.DOTALL) + "\n", flush=True)
 
     async def turn(
         self, enter: str, done: Sight, *given: Any, typed: str = "", elsewhere: str = ""
@@ -912,7 +911,7 @@ class Person(Player):
         `typed` may be typed there; `elsewhere` must be done there, if the stage is not ours.
         """
         ours = self.stage.ours or not elsewhere
-        self.say_part("Do")
+        self.say_part()  # Do.
         told = f"{'':10}Enter {enter}" if ours else f"{'':10}Now: {elsewhere}"
         if typed:
             short = len(told + typed) < 60  # a longer command stands alone, for copying
