@@ -452,20 +452,20 @@ class Player:
         self.screen = Screen()  # which has the exercise's clock
         self.keyboard: Keyboard | None = None
 
-    async def play(self, exercise: Exercise) -> str:
+    async def play(self, exercise: Exercise, seconds: float | None = None) -> str:
         """Play an exercise; return `held`, `not shown: ...` or `NOT HELD: ...`."""
-        self.orders, self.screen, verdict = {}, Screen(), "held"
+        self.orders, self.screen, verdict, before = {}, Screen(), "held", store.audit()[1]
         if exercise in CONTRASTS and self.stage.folder == HERE:
             player = copy.copy(self)
             async with private_stage() as player.stage:
                 player.running = set()
                 return await player.play(exercise)
         try:
-            async with asyncio.timeout(None if self.by_hand else 120):
+            async with asyncio.timeout(seconds):
                 await self.prepare()
                 await exercise(self)
             if exercise not in CONTRASTS:
-                wrong = [line for line in store.audit()[1] if line.split()[0] in self.orders]
+                wrong = [line for line in store.audit()[1] if line not in before]
                 self.check(not wrong, "audit clean", "; ".join(wrong))
         except Verdict as error:
             verdict = str(error)
@@ -1005,7 +1005,7 @@ async def run_crash(options: argparse.Namespace) -> int:
             say(claim, indent=4)
             verdict, tries = "not shown", 3  # a busy machine may come too late
             while verdict.startswith("not shown") and tries:
-                verdict, tries = await player.play(EXERCISES[number]), tries - 1
+                verdict, tries = await player.play(EXERCISES[number], seconds=120), tries - 1
             took = time.monotonic() - player.screen.started
             rows.append(f"{verdict.partition(':')[0]:9} {took:5.1f} s  {claim}")
     print()
@@ -1046,7 +1046,7 @@ AND (type, kind) IN (VALUES ('charge_payment', 'charge'), ('dispatch_carrier', '
 
 
 class Crowd:
-    """Many orders, drawn from a seed, and the kills that they must survive."""
+    """An exercise with many orders, drawn from a seed, and the kills that they must survive."""
 
     def __init__(self, stage: Stage, options: argparse.Namespace) -> None:
         self.stage, self.options = stage, options
@@ -1058,33 +1058,47 @@ class Crowd:
         self.placed: dict[str, float] = {}
         self.killed = 0  # workers; every fifth time the server too
 
-    async def run(self) -> None:
-        """Place the orders, kill between them, and wait for all to end."""
-        for _ in range(2 if self.options.kills else 1):
-            self.stage.start_worker()
-        work = [asyncio.create_task(self.place_all()), asyncio.create_task(self.kill_some())]
-        # A second an order is ten times what it costs; what is not done then is lost.
-        end = time.monotonic() + 120 + 2 * self.options.wait_seconds + self.options.orders
-        end += 8 * self.options.kills  # each waits up to 5.5 s for its moment
-        screen = Screen()
-        try:
-            while time.monotonic() < end and (self.left() or not all(t.done() for t in work)):
-                self.stage.revive()
-                screen.show(self.line())
-                await asyncio.sleep(0.5)
-                for done in filter(asyncio.Task.done, work):
-                    done.result()  # or what went wrong in it
-        finally:
-            for task in work:  # else it would start another server while we end this one
-                task.cancel()
-        screen.clear()
-        say(self.line())
+    async def run(self, t: Player) -> None:
+        """Place the orders, kill between them, wait for all to end, and look how they did."""
+        if self.options.kills:
+            self.stage.start_worker()  # a second one
+        # A second an order is ten times what it costs; each kill waits up to 5.5 s for its moment.
+        seconds = 120 + self.options.orders + 2 * self.options.wait_seconds + 8 * self.options.kills
+        with suppress(TimeoutError):  # what is not done then is lost
+            async with asyncio.timeout(seconds):
+                await asyncio.gather(self.place_all(), self.kill_some(), self.watch(t.screen))
+        t.tell(self.line())
+        await self.judge(t, store.execute(OUTCOMES))
+
+    async def judge(self, t: Player, ends: list[dict[str, Any]]) -> None:
+        """Tell how the orders ended; each must have ended as it may."""
+        rate = self.options.orders / (time.monotonic() - t.screen.started)
+        states = {row["order_id"]: json.loads(row["payload_json"])["state"] for row in ends}
+        told = ", ".join(f"{state} {n}" for state, n in sorted(Counter(states.values()).items()))
+        t.tell(f"{rate:.1f} orders/s; {told}")
+        if not self.options.kills and ends:
+            took = sorted(row["ts"] - self.placed[row["order_id"]] for row in ends)
+            say(f"median {median(took):.2f} s, 99th percentile {took[len(took) * 99 // 100]:.2f} s")
+            await say_costs(self.stage, self.options.orders)
+        found = {order_id: states.get(order_id, "lost") for order_id in self.drawn}
+        wrong = [f"{id_}: {end}" for id_, end in found.items() if end not in self.drawn[id_][0]]
+        t.check(not wrong, "each order ended as it may, none is lost", "; ".join(wrong))
+        asked_again = not self.options.kills or store.execute(ASKED_AGAIN)
+        t.show(bool(asked_again), "no provider was asked more than once")
+
+    async def watch(self, screen: Screen) -> None:
+        """Tell how it goes until all is done, and replace a worker that has died."""
+        while self.killed < self.options.kills or len(store.execute(OUTCOMES)) < len(self.drawn):
+            self.stage.revive()
+            screen.show(self.line())
+            await asyncio.sleep(0.5)
 
     async def place_all(self) -> None:
         """Place the orders, not too many in flight, spread over the kills, as people would."""
         pause, treating = 1.5 * self.options.kills / self.options.orders, []
         for order_id, (_, fields, signal_name) in self.drawn.items():
-            while not self.options.wait_seconds and self.left() >= IN_FLIGHT:
+            waits = self.options.wait_seconds  # then all may be in flight
+            while not waits and len(self.placed) - len(store.execute(OUTCOMES)) >= IN_FLIGHT:
                 await asyncio.sleep(0.05)
             self.placed[order_id] = time.time()
             # When 10,000 wake, an order may have its next turn only minutes later: not its fault.
@@ -1125,10 +1139,6 @@ class Crowd:
                 await self.stage.kill_server()
                 await self.stage.start_server()
 
-    def left(self) -> int:
-        """Count the orders that were placed and have no outcome."""
-        return len(self.placed) - len(store.execute(OUTCOMES))
-
     def line(self) -> str:
         """Tell how it goes."""
         told = f"orders {len(store.execute(OUTCOMES))}/{len(self.drawn)}"
@@ -1140,31 +1150,8 @@ class Crowd:
 
 async def run_crowd(options: argparse.Namespace) -> int:
     """Run many orders, under kills if asked to; exit 0 if each ended as it may."""
-    began = time.monotonic()
     async with private_stage() as stage:
-        crowd = Crowd(stage, options)
-        await crowd.run()
-        seconds, ends = time.monotonic() - began, store.execute(OUTCOMES)
-        states = {row["order_id"]: json.loads(row["payload_json"])["state"] for row in ends}
-        told = ", ".join(f"{state} {n}" for state, n in sorted(Counter(states.values()).items()))
-        say(f"{seconds:.1f} s, {options.orders / seconds:.1f} orders/s; {told}")
-        if not options.kills and ends:
-            took = sorted(row["ts"] - crowd.placed[row["order_id"]] for row in ends)
-            say(f"median {median(took):.2f} s, 99th percentile {took[len(took) * 99 // 100]:.2f} s")
-            await say_costs(stage, options.orders)
-        wrong = store.audit()[1]
-        for order_id, (may_end, _, _) in crowd.drawn.items():
-            if (end := states.get(order_id, "lost")) not in may_end:
-                wrong.append(f"{order_id}: {end}")
-        for line in wrong:
-            print(printable(line), file=sys.stderr)
-        verdict = "held: no order lost, none charged twice, audit clean"
-        if options.kills and not store.execute(ASKED_AGAIN):
-            verdict = "not shown: no provider was asked more than once"
-        if wrong:
-            verdict = "NOT HELD"
-        say(verdict)
-    return 0 if verdict.startswith("held") else 1
+        return int(await Player(stage).play(Crowd(stage, options).run) != "held")
 
 
 async def say_costs(stage: Stage, orders: int) -> None:
