@@ -6,7 +6,6 @@ does, by the words of README.md (without arguments). `chaos` and `load` place a 
 
 import argparse
 import asyncio
-import copy
 import inspect
 import json
 import os
@@ -439,26 +438,25 @@ Sight = Callable[..., Any]  # tells, perhaps only when awaited, whether somethin
 
 
 class Player:
-    """Plays exercises unattended, and tells what happens."""
+    """Plays exercises and tells what happens: unattended, or for a person at the keyboard."""
 
-    by_hand = False  # a person needs longer than a machine
-
-    def __init__(self, stage: Stage) -> None:
-        self.stage = stage
+    def __init__(self, stage: Stage, keyboard: Keyboard | None = None) -> None:
+        self.stage, self.keyboard = stage, keyboard
+        self.by_hand = keyboard is not None  # a person needs longer than a machine
+        self.parts: list[str] = []  # what README.md has still to say of the exercise
         self.orders: dict[str, dict[str, Any]] = {}  # what the exercise placed, by order id
         self.running: set[str] = set()  # of these, and of earlier ones, what has not ended
         self.sources: dict[str, str] = {}  # what the exercise edits, as it was at its beginning
         self.since = time.time()  # the last act
         self.screen = Screen()  # which has the exercise's clock
-        self.keyboard: Keyboard | None = None
 
     async def play(self, exercise: Exercise, seconds: float | None = None) -> str:
         """Play an exercise; return `held`, `not shown: ...` or `NOT HELD: ...`."""
         self.orders, self.screen, verdict, before = {}, Screen(), "held", store.audit()[1]
         if exercise in CONTRASTS and self.stage.folder == HERE:
-            player = copy.copy(self)
-            async with private_stage() as player.stage:
-                player.running = set()
+            async with private_stage() as apart:
+                player = Player(apart, self.keyboard)
+                player.parts = self.parts
                 return await player.play(exercise)
         try:
             async with asyncio.timeout(seconds):
@@ -693,8 +691,37 @@ class Player:
     async def turn(
         self, enter: str, done: Sight, *given: Any, typed: str = "", elsewhere: str = ""
     ) -> bool:
-        """Tell whether we are to do what comes next; a person may do it elsewhere: see Person."""
-        return True
+        """Tell whether we are to do what comes next: the machine always, for a person at Enter.
+
+        False once it is seen done elsewhere: `typed` may be typed there; `elsewhere` must be done
+        there, if the stage is not ours.
+        """
+        if not self.keyboard:
+            return True
+        ours = self.stage.ours or not elsewhere
+        self.say_part()  # Do.
+        told = f"{'':10}Enter {enter}" if ours else f"{'':10}Now: {elsewhere}"
+        if typed:
+            short = len(told + typed) < 60  # a longer command stands alone, for copying
+            told += f" (or: {typed})" if short else f", or you elsewhere:\n{typed}"
+        await self.overhear()
+        print(told, flush=True)
+        hurry = not await self.over()  # before the orders end
+        while True:
+            over = hurry and await self.over()
+            if await self.sees(done, *given):
+                return False
+            self.show(not over, f"too late: {over} before that")
+            line = await self.keyboard.line(0.2)
+            if line is not None and ours:
+                return True
+            if line is not None:
+                say(f"{'':10}this is not done yet: {elsewhere}", indent=10)
+
+    def say_part(self) -> None:
+        """Print the next paragraph of README.md, as far as it is for so many terminals."""
+        elsewhere = r"\s*With\s+three\s+terminals:.*" if self.stage.ours else "$"
+        print(re.sub(elsewhere, "", self.parts.pop(0), flags=re.DOTALL) + "\n", flush=True)
 
     def did(self, words: str) -> None:
         """Tell what was done; what should follow is timed from here."""
@@ -850,98 +877,60 @@ class Player:
             raise Verdict(f"not shown: {instead}")
 
 
-class Person(Player):
-    """Has a person do each thing, by the words of README.md, and goes on when it has happened."""
+# A person's lesson.
 
-    by_hand = True
 
-    def __init__(self, stage: Stage) -> None:
-        super().__init__(stage)
-        self.keyboard: Keyboard = Keyboard()
-        self.parts: list[str] = []  # the exercise's paragraphs in README.md that are still to come
-        self.verdicts: dict[int, str] = {}
+async def offer(player: Player, verdicts: dict[int, str]) -> None:
+    """Offer the exercises and lead through them until the person leaves."""
 
-    async def offer(self) -> None:
-        """Offer the exercises and lead through them until the person leaves."""
+    def read(text: str) -> int | None:
+        return None if text == "?" else chosen(text)
 
-        def read(text: str) -> int | None:
-            return None if text == "?" else chosen(text)
-
-        number, choice = following(0), None
-        while True:
-            if choice is None:
-                for n, (title, _) in sections().items():
-                    say(f"{'x' if n in held() else ' '} {n:2}  {title}")
-            warn_of_edits()
-            choice = await self.prompt("Number, name, ? for the list, or q", str(number), read)
-            if choice is not None:
-                await self.lead(choice)
-                number = following(choice) if self.verdicts[choice] == "held" else choice
-                all_done = " ".join(map(str, sorted(held()))) or "none"
-                say(f"done: {all_done} · next: {number} {NAMES[number]}")
-
-    async def lead(self, number: int) -> None:
-        """Lead through an exercise: predict, do, see, explain."""
-        self.verdicts[number] = "you left before its end"
-        title, text = sections()[number]
-        self.parts = f"\nExercise {number}: {title}\n{text}".split("\n\n")
-        self.say_part()  # what it is about
-        self.say_part()  # Predict.
-        if EXERCISES[number] is not timer:  # which asks for its amount first
-            await self.ask("Enter begins: ")
-        self.verdicts[number] = await self.play(EXERCISES[number])
-        if self.verdicts[number] != "held":
-            say("So there is nothing to explain yet: it is offered again.")
-            return
-        store.note("the exercises", "held", {"number": number})  # which is no order's id
-        self.say_part()  # Observe.
-        await self.ask("Enter goes on: ")
-        self.say_part()  # Explain.
-
-    def say_part(self) -> None:
-        """Print the next paragraph of README.md, as far as it is for so many terminals."""
-        elsewhere = r"\s*With\s+three\s+terminals:.*" if self.stage.ours else "$"
-        print(re.sub(elsewhere, "", self.parts.pop(0), flags=re.DOTALL) + "\n", flush=True)
-
-    async def turn(
-        self, enter: str, done: Sight, *given: Any, typed: str = "", elsewhere: str = ""
-    ) -> bool:
-        """Ask for something; true at Enter, if we can do it, false once it is seen done elsewhere.
-
-        `typed` may be typed there; `elsewhere` must be done there, if the stage is not ours.
-        """
-        ours = self.stage.ours or not elsewhere
-        self.say_part()  # Do.
-        told = f"{'':10}Enter {enter}" if ours else f"{'':10}Now: {elsewhere}"
-        if typed:
-            short = len(told + typed) < 60  # a longer command stands alone, for copying
-            told += f" (or: {typed})" if short else f", or you elsewhere:\n{typed}"
-        await self.overhear()
-        print(told, flush=True)
-        hurry = not await self.over()  # before the orders end
-        while True:
-            over = hurry and await self.over()
-            if await self.sees(done, *given):
-                return False
-            self.show(not over, f"too late: {over} before that")
-            line = await self.keyboard.line(0.2)
-            if line is not None and ours:
-                return True
-            if line is not None:
-                say(f"{'':10}this is not done yet: {elsewhere}", indent=10)
-
-    async def goodbye(self) -> None:
-        """Say which orders still run and what becomes of them, and what is still edited."""
-        print()  # Ctrl+C and Ctrl+D end no line
-        with suppress(TimeoutError, Verdict):
-            async with asyncio.timeout(1):
-                await asyncio.gather(*(self.sees(self.end_of, id_) for id_ in self.running))
-        kept = f"{', '.join(sorted(self.running))}: not done yet"
-        if self.running and self.stage.ours:
-            say(f"{kept}, and kept in temporal.db; the next start goes on with it")
-        elif self.running:
-            say(f"{kept}; to end one: temporal workflow cancel -w ID")
+    number, choice = following(0), None
+    while True:
+        if choice is None:
+            for n, (title, _) in sections().items():
+                say(f"{'x' if n in held() else ' '} {n:2}  {title}")
         warn_of_edits()
+        choice = await player.prompt("Number, name, ? for the list, or q", str(number), read)
+        if choice is not None:
+            await lead(player, choice, verdicts)
+            number = following(choice) if verdicts[choice] == "held" else choice
+            all_done = " ".join(map(str, sorted(held()))) or "none"
+            say(f"done: {all_done} · next: {number} {NAMES[number]}")
+
+
+async def lead(player: Player, number: int, verdicts: dict[int, str]) -> None:
+    """Lead through an exercise: predict, do, see, explain."""
+    verdicts[number] = "you left before its end"
+    title, text = sections()[number]
+    player.parts = f"\nExercise {number}: {title}\n{text}".split("\n\n")
+    player.say_part()  # what it is about
+    player.say_part()  # Predict.
+    if EXERCISES[number] is not timer:  # which asks for its amount first
+        await player.ask("Enter begins: ")
+    verdicts[number] = await player.play(EXERCISES[number])
+    if verdicts[number] != "held":
+        say("So there is nothing to explain yet: it is offered again.")
+        return
+    store.note("the exercises", "held", {"number": number})  # which is no order's id
+    player.say_part()  # Observe.
+    await player.ask("Enter goes on: ")
+    player.say_part()  # Explain.
+
+
+async def goodbye(player: Player) -> None:
+    """Say which orders still run and what becomes of them, and what is still edited."""
+    print()  # Ctrl+C and Ctrl+D end no line
+    with suppress(TimeoutError, Verdict):
+        async with asyncio.timeout(1):
+            await asyncio.gather(*(player.sees(player.end_of, id_) for id_ in player.running))
+    kept = f"{', '.join(sorted(player.running))}: not done yet"
+    if player.running and player.stage.ours:
+        say(f"{kept}, and kept in temporal.db; the next start goes on with it")
+    elif player.running:
+        say(f"{kept}; to end one: temporal workflow cancel -w ID")
+    warn_of_edits()
 
 
 def sections() -> dict[int, tuple[str, str]]:
@@ -954,14 +943,15 @@ def sections() -> dict[int, tuple[str, str]]:
 async def run_prompts(_: argparse.Namespace) -> int:
     """Lead through the exercises until the person leaves; exit 1 if one did not hold."""
     async with temporal(quiet=True) as stage:
-        person, namespace = Person(stage), stage.client.namespace
-        say(f"server: {stage.address}, namespace {namespace}, Web UI: {web_ui(stage.address)}")
+        player, verdicts = Player(stage, Keyboard()), dict[int, str]()
+        where = f"server: {stage.address}, namespace {stage.client.namespace}"
+        say(f"{where}, Web UI: {web_ui(stage.address)}")
         try:
             with suppress(EOFError):
-                await person.offer()
+                await offer(player, verdicts)
         finally:
-            await person.goodbye()
-        failed = [(n, verdict) for n, verdict in person.verdicts.items() if verdict != "held"]
+            await goodbye(player)
+        failed = [(n, verdict) for n, verdict in verdicts.items() if verdict != "held"]
         for number, verdict in failed:
             say(f"exercise {number}: {verdict}")
         return 1 if failed else 0

@@ -1848,7 +1848,8 @@ def test_a_line_that_an_exercise_left_in_workflows_or_took_is_named(
 ) -> None:
     edited = changed_copy(tmp_path / "edited", *BUG[:2], left)
     monkeypatch.setattr("worker.HERE", edited)
-    monkeypatch.setattr("signals.Keyboard", lambda: Mock(ask=AsyncMock(side_effect=EOFError)))
+    leaves = MagicMock(return_value=Mock(ask=AsyncMock(side_effect=EOFError)))
+    monkeypatch.setattr("signals.Keyboard", leaves)
     done = starter()
     assert (done.returncode, done.stderr) == (0, "")
     assert ("still has a line of exercise 9 or 11" in done.stdout) == (left != BUG[1])
