@@ -462,9 +462,6 @@ class Player:
             async with asyncio.timeout(seconds):
                 await self.prepare()
                 await exercise(self)
-            if exercise not in CONTRASTS:
-                wrong = [line for line in store.audit()[1] if line not in before]
-                self.check(not wrong, "audit clean", "; ".join(wrong))
         except Verdict as error:
             verdict = str(error)
         except TimeoutError:
@@ -473,6 +470,10 @@ class Player:
             verdict = f"not shown: {error}"
         finally:
             self.screen.clear()
+        if exercise not in CONTRASTS:
+            wrong = [line for line in store.audit()[1] if line not in before]
+            self.tell("audit clean" if not wrong else "audit not clean")
+            verdict = f"NOT HELD: {'; '.join(wrong)}" if wrong else verdict
         with suppress(TimeoutError, RPCError):
             async with asyncio.timeout(20):
                 for order_id in () if await self.server_is_dead() else self.orders:
@@ -582,7 +583,7 @@ class Player:
             if seen := await self.sees(sight, *given):
                 return seen
             self.show(not over, f"{over} without it: {words}")
-            failed = any(worker.poll() in (1, 2) for worker in self.stage.workers)
+            failed = any(worker.poll() in (1, 2) for worker in self.stage.workers[-1:])
             self.show(not failed, f"no worker can start: {self.stage.last_words()}")
             await self.overhear()
             if time.monotonic() > patience:
@@ -1054,9 +1055,14 @@ class Crowd:
             self.stage.start_worker()  # a second one
         # A second an order is ten times what it costs; each kill waits up to 5.5 s for its moment.
         seconds = 120 + self.options.orders + 2 * self.options.wait_seconds + 8 * self.options.kills
-        with suppress(TimeoutError):  # what is not done then is lost
-            async with asyncio.timeout(seconds):
-                await asyncio.gather(self.place_all(), self.kill_some(), self.watch(t.screen))
+        try:
+            async with asyncio.timeout(seconds), asyncio.TaskGroup() as jobs:
+                for job in (self.place_all(), self.kill_some(), self.watch(t.screen)):
+                    jobs.create_task(job)
+        except TimeoutError:
+            pass  # what is not done then is lost
+        except ExceptionGroup as failed:
+            raise failed.exceptions[0] from None
         t.tell(self.line())
         await self.judge(t, store.execute(OUTCOMES))
 

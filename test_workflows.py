@@ -318,9 +318,9 @@ SCENARIOS: dict[str, Scenario] = {
         receive_order="slow",
         charge_payment="slow",
         prepare_package="slow",
-        deadline_seconds=12,  # enough for two of them
+        deadline_seconds=14,  # enough for two of them
     ),
-    "deadline after dispatch": completed(YES, dispatch_carrier="slow", deadline_seconds=4),
+    "deadline after dispatch": completed(YES, dispatch_carrier="slow", deadline_seconds=5),
     "a wait does not count": completed(**TIMED, deadline_seconds=20, wait_seconds=22),
     "a review does not count": completed(review="timer", deadline_seconds=20, review_seconds=22),
     "dispatch fails three times": given_up(
@@ -1616,6 +1616,7 @@ def test_each_exercise_has_its_words_and_a_part_to_do_for_each_thing_to_be_done(
     player = counting()
     within(EXERCISES[number](player))
     assert text.count("\nDo. ") == player.turn.await_count
+    assert len(text.split("\n\n")) == 4 + player.turn.await_count  # each is a paragraph
     for label in ("Predict", "Observe", "Explain"):
         assert text.count(f"\n{label}. ") == 1, label
     told = re.findall(rf"^\| {number} \|.*?\|.*?\|(.*?)\|", README, re.MULTILINE)[0]
@@ -1643,6 +1644,17 @@ def test_what_was_done_otherwise_than_asked_for_does_not_hold(
     player.pollers = AsyncMock(return_value=[1])
     with pytest.raises(Verdict, match=f"not shown: .*{verdict}"):
         within(EXERCISES[NAMES.index(name)](player))
+
+
+def test_what_the_audit_finds_does_not_hold_whatever_else_was_shown(empty_store: None) -> None:
+    async def charge_twice(t: Player) -> None:
+        for key in ("k1", "k2"):
+            store.perform("charge", key, "twice", "c", 5)
+        t.show(False, "something")
+
+    player: Any = Player(Stage(HERE, 0))
+    player.prepare = AsyncMock()
+    assert within(player.play(charge_twice)).startswith("NOT HELD: twice (unfinished): 2 x charge")
 
 
 def test_a_worker_that_serves_one_queue_is_none_for_the_other() -> None:
