@@ -228,13 +228,13 @@ def _connect() -> sqlite3.Connection:
         if sqlite3.sqlite_version_info < (3, 35):
             sys.exit(f"SQLite {sqlite3.sqlite_version} is too old, the ledger needs 3.35 or newer")
         connection = sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False)
-        _opened[path, 0] = connection  # not ready yet
+        _opened[path, -1] = connection  # not ready yet
         connection.row_factory = sqlite3.Row
         connection.executescript(SCHEMA)
         # What a killed process wrote last may not be on disk, and its repetition, which changes no
         # row, would not put it there: flush now.
         connection.execute("PRAGMA wal_checkpoint").fetchone()
-        _opened[path, path.stat().st_ino] = _opened.pop((path, 0))
+        _opened[path, path.stat().st_ino] = _opened.pop((path, -1))
     [connection] = _opened.values()
     return connection
 

@@ -1648,6 +1648,7 @@ def test_what_was_done_otherwise_than_asked_for_does_not_hold(
 
 def test_what_the_audit_finds_does_not_hold_whatever_else_was_shown(empty_store: None) -> None:
     async def charge_twice(t: Player) -> None:
+        t.orders["twice"] = {}
         for key in ("k1", "k2"):
             store.perform("charge", key, "twice", "c", 5)
         t.show(False, "something")
