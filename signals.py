@@ -93,13 +93,28 @@ class Keyboard:
                 return line
         return None
 
+    async def overhear(self) -> None:
+        """Let go what a person at a terminal types unasked; who leaves has left."""
+        while sys.stdin.isatty() and await self.line(0) is not None:
+            pass
+
     async def ask(self, question: str) -> str:
         """Ask, and return the answer."""
+        await self.overhear()  # an Enter too many
         print(question, end="", flush=True)
         answer = await self.line()
         if not sys.stdin.isatty():
             print()
         return answer or ""
+
+    async def prompt(self, question: str, default: str, read: Callable[[str], Any]) -> Any:
+        """Ask until the answer can be read; nothing takes the default, if there is one."""
+        question += f" [{default}]: " if default else ": "
+        while True:
+            try:
+                return read(await self.ask(question) or default)
+            except argparse.ArgumentTypeError as error:
+                say(f"  {error}", indent=2)
 
 
 class Screen:
@@ -196,15 +211,11 @@ async def offer(client: Client, verb: str) -> str:
     if not choices:
         sys.exit(f"no order waits to {verb}; see: {see('list')}")
     only = "1" if len(choices) == 1 and verb != "cancel" else ""  # Enter alone undoes nothing
-    question = f"Which one, or q{' [1]' * bool(only)}: "
-    keyboard = Keyboard()
+    rule = f"must be a number from 1 to {len(choices)} or one of these ids"
+    known = list(choices.values()).__contains__
+    pick = partial(take, lambda typed: choices.get(typed, typed), known, rule)
     with suppress(EOFError):
-        while True:
-            answer = await keyboard.ask(question)
-            picked = choices.get(answer or only, answer)
-            if picked in choices.values():
-                return picked
-            say(f"a number from 1 to {len(choices)} or one of these ids, please")
+        return str(await Keyboard().prompt("Which one, or q", only, pick))
     print()  # Ctrl+D ends no line
     sys.exit(f"no {verb} was sent")
 

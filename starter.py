@@ -186,7 +186,7 @@ async def no_temporal(t: "Player") -> None:
 
 async def timer(t: "Player") -> None:
     """A durable wait keeps its deadline while no worker lives."""
-    asked = {name: await t.prompt(*PROMPTS[name]) for name in PROMPTS if t.by_hand}
+    asked = {name: await t.keyboard.prompt(*PROMPTS[name]) for name in PROMPTS if t.keyboard}
     order = await t.charge(**{"wait_seconds": 5} | asked)
     await t.until("the wait has begun", t.in_history, order, "Wait before the charge")
     await t.kill()
@@ -552,21 +552,7 @@ class Player:
 
     async def ask(self, question: str) -> str:
         """Let a person answer; q and the end of input leave."""
-        await self.overhear()  # an Enter too many
         return await self.keyboard.ask(question) if self.keyboard else ""
-
-    async def overhear(self) -> None:
-        """Let go what a person at a terminal types unasked; who leaves has left."""
-        while self.keyboard and sys.stdin.isatty() and await self.keyboard.line(0) is not None:
-            pass
-
-    async def prompt(self, question: str, default: str, read: Callable[[str], Any]) -> Any:
-        """Ask until the answer can be read; nothing takes the default."""
-        while True:
-            try:
-                return read(await self.ask(f"{question} [{default}]: ") or default)
-            except argparse.ArgumentTypeError as error:
-                say(f"  {error}", indent=2)
 
     # What is seen.
 
@@ -586,7 +572,8 @@ class Player:
             code = self.stage.workers[-1].poll() if self.stage.workers else None
             failed = code in (1, 2) or (code is not None and not self.orders)
             self.show(not failed, f"no worker can start: {self.stage.last_words()}")
-            await self.overhear()
+            if self.keyboard:
+                await self.keyboard.overhear()
             if time.monotonic() > patience:
                 # A server that has just started does not list the workers yet.
                 trouble = await self.trouble() if time.time() > self.since + 2 else ""
@@ -707,7 +694,7 @@ class Player:
         if typed:
             short = len(told + typed) < 60  # a longer command stands alone, for copying
             told += f" (or: {typed})" if short else f", or you elsewhere:\n{typed}"
-        await self.overhear()
+        await self.keyboard.overhear()
         print(told, flush=True)
         hurry = not await self.over()  # before the orders end
         while True:
@@ -883,7 +870,7 @@ class Player:
 # A person's lesson.
 
 
-async def offer(player: Player, verdicts: dict[int, str]) -> None:
+async def offer(player: Player, keyboard: Keyboard, verdicts: dict[int, str]) -> None:
     """Offer the exercises and lead through them until the person leaves."""
 
     def read(text: str) -> int | None:
@@ -895,7 +882,7 @@ async def offer(player: Player, verdicts: dict[int, str]) -> None:
             for n, (title, _) in sections().items():
                 say(f"{'x' if n in held() else ' '} {n:2}  {title}")
         warn_of_edits()
-        choice = await player.prompt("Number, name, ? for the list, or q", str(number), read)
+        choice = await keyboard.prompt("Number, name, ? for the list, or q", str(number), read)
         if choice is not None:
             await lead(player, choice, verdicts)
             number = following(choice) if verdicts[choice] == "held" else choice
@@ -946,12 +933,13 @@ def sections() -> dict[int, tuple[str, str]]:
 async def run_prompts(_: argparse.Namespace) -> int:
     """Lead through the exercises until the person leaves; exit 1 if one did not hold."""
     async with temporal(quiet=True) as stage:
-        player, verdicts = Player(stage, Keyboard()), dict[int, str]()
+        keyboard, verdicts = Keyboard(), dict[int, str]()
+        player = Player(stage, keyboard)
         where = f"server: {stage.address}, namespace {stage.client.namespace}"
         say(f"{where}, Web UI: {web_ui(stage.address)}")
         try:
             with suppress(EOFError):
-                await offer(player, verdicts)
+                await offer(player, keyboard, verdicts)
         finally:
             await goodbye(player)
         failed = [(n, verdict) for n, verdict in verdicts.items() if verdict != "held"]

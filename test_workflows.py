@@ -1384,7 +1384,8 @@ def test_an_order_is_picked_by_number_or_id_and_by_enter_if_it_is_the_only_one(
     client: Any = argparse.Namespace(list_workflows=listed, get_workflow_handle=str)
     store.perform("reservation", "a", "a", "c", 1234)
     monkeypatch.setattr("signals.ask", AsyncMock(side_effect=lambda id_: ({1: 1}, states[id_])))
-    monkeypatch.setattr("signals.Keyboard", lambda: argparse.Namespace(ask=asked))
+    monkeypatch.setattr("signals.Keyboard.__init__", lambda _: None)
+    monkeypatch.setattr("signals.Keyboard.ask", asked)
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
     with nullcontext() if picks else pytest.raises(SystemExit):
         assert asyncio.run(offer(client, "approve")) == picks
@@ -1861,8 +1862,8 @@ def test_a_line_that_an_exercise_left_in_workflows_or_took_is_named(
 ) -> None:
     edited = changed_copy(tmp_path / "edited", *BUG[:2], left)
     monkeypatch.setattr("worker.HERE", edited)
-    leaves = MagicMock(return_value=Mock(ask=AsyncMock(side_effect=EOFError)))
-    monkeypatch.setattr("signals.Keyboard", leaves)
+    monkeypatch.setattr("signals.Keyboard.__init__", lambda _: None)
+    monkeypatch.setattr("signals.Keyboard.ask", AsyncMock(side_effect=EOFError))
     done = starter()
     assert (done.returncode, done.stderr) == (0, "")
     assert ("still has a line of exercise 9 or 11" in done.stdout) == (left != BUG[1])
