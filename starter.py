@@ -1051,7 +1051,7 @@ class Crowd:
                 jobs.create_task(self.kill_some())
                 await self.watch(t.screen)
         except TimeoutError:
-            pass  # what is not done then is lost
+            t.tell(f"not done within {seconds:g} s: what has not ended is lost")
         except ExceptionGroup as failed:
             raise failed.exceptions[0] from None
         t.tell(self.line())
