@@ -87,31 +87,9 @@ TYPED = ascii(RED)[1:-1]  # how it must be printed
 Done = subprocess.CompletedProcess[str]
 
 
-@pytest.fixture(scope="session", autouse=True)
-def exercises(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[subprocess.Popen[str] | None]:
-    """Have the machine play all exercises beside the other tests, if that is among them.
-
-    As on the machine of somebody who has a profile for another server.
-    """
-    if not any("sixteen" in item.name for item in request.session.items):
-        yield None
-        return
-    words = [sys.executable, "starter.py", "crash"]
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    profile = tmp_path_factory.mktemp("config") / "temporalio" / "temporal.toml"
-    profile.parent.mkdir()
-    profile.write_text('[profile.default]\nnamespace = "elsewhere"\n')
-    pipes["env"] = os.environ | {"XDG_CONFIG_HOME": str(profile.parent.parent)}
-    with subprocess.Popen(words, cwd=HERE, **pipes) as process:
-        yield process
-        process.terminate()
-
-
 @pytest.fixture(scope="session")
-def stage(request: pytest.FixtureRequest) -> Iterator[Stage]:
-    """Set a stage with a server, a worker and a ledger; at the end the audit must be clean.
+def stage() -> Iterator[Stage]:
+    """Set a stage with a server, a worker and a ledger.
 
     The server is the one of docker-compose.yml, with a namespace for each wing.
     """
@@ -126,11 +104,7 @@ def stage(request: pytest.FixtureRequest) -> Iterator[Stage]:
         patch.setenv("TEMPORAL_CONFIG_FILE", os.devnull)
         stage.start_worker()
         yield stage
-        orders, violations = store.audit()
         runner.run(context.__aexit__(None, None, None))
-    items: Any = request.session.items
-    placed = any("played" in item.fixturenames for item in items)
-    assert violations == [] and orders >= placed  # of an empty ledger that would say nothing
 
 
 def run(script: str, *words: str, code: Path = HERE, **environment: str) -> Done:
@@ -138,7 +112,7 @@ def run(script: str, *words: str, code: Path = HERE, **environment: str) -> Done
     arguments = [sys.executable, str(code / script), *words]
     pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True}
     pipes |= {"cwd": code, "env": os.environ | environment, "errors": "replace"}
-    return subprocess.run(arguments, timeout=LONG, **pipes)
+    return subprocess.run(arguments, timeout=3 * LONG, **pipes)
 
 
 def here(script: str, *words: str, **environment: str) -> Done:
@@ -174,6 +148,7 @@ ledger_says = partial(here, "charge_store.py")
 # at. All talk to the one server; what harms its workers or its ledger has a wing of its own.
 
 Works = dict[str, Callable[[Stage], Any]]
+BESIDE: Works = {}  # what lasts as long as all the rest
 SIDE_BY_SIDE: Works = {}
 BY_HAND: Works = {}  # what has to act within the 5 s of a slow step: when all else is done
 
@@ -188,7 +163,7 @@ def side_by_side(work: Callable[[Stage], Any], works: Works = SIDE_BY_SIDE) -> C
     return result
 
 
-by_hand = partial(side_by_side, works=BY_HAND)
+beside, by_hand = (partial(side_by_side, works=works) for works in (BESIDE, BY_HAND))
 
 
 @pytest.fixture(scope="session")
@@ -202,10 +177,11 @@ def begun(stage: Stage, request: pytest.FixtureRequest) -> dict[str, Future[Any]
     items: Any = request.session.items
     needed = {name for item in items for name in (item.name, *item.fixturenames)}
     results: dict[str, Future[Any]] = {}
-    for works in (SIDE_BY_SIDE, BY_HAND):
+    for works in (BESIDE, SIDE_BY_SIDE, BY_HAND):
         # With fewer at once two cores would idle, with more orders would be late for slow steps.
-        with ThreadPoolExecutor(4) as pool:
-            results |= {n: pool.submit(do, work) for n, work in works.items() if n in needed}
+        pool = ThreadPoolExecutor(4)
+        results |= {n: pool.submit(do, work) for n, work in works.items() if n in needed}
+        pool.shutdown(wait=works is not BESIDE)
     return results
 
 
@@ -2047,12 +2023,20 @@ def test_a_narrow_terminal_gets_a_command_whole_on_its_own_line(
     assert max(map(len, store.fit(f"no {typed}{', word' * 20}", terminal).splitlines())) < 80
 
 
-def test_all_sixteen_exercises_hold_when_the_machine_plays_them(
-    exercises: subprocess.Popen[str],
-) -> None:
-    told, errors = exercises.communicate(timeout=5 * LONG)
-    assert (exercises.returncode, errors) == (0, ""), told[-3000:]
-    verdicts = re.findall(r"^held +[0-9.]+ s +(\d+) ", told, re.MULTILINE)
+@beside
+def test_all_sixteen_exercises_hold_when_the_machine_plays_them(stage: Stage) -> None:
+    """As on the machine of somebody who has a profile for another server."""
+    profile = stage.folder / "temporalio" / "temporal.toml"
+    profile.parent.mkdir()
+    profile.write_text('[profile.default]\nnamespace = "elsewhere"\n')
+    done = run("starter.py", "crash", XDG_CONFIG_HOME=str(stage.folder))
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout[-3000:]
+    verdicts = re.findall(r"^held +[0-9.]+ s +(\d+) ", done.stdout, re.MULTILINE)
     assert verdicts == [str(number) for number in range(16)]
-    lanes_told = re.findall(r"^(?:Temporal|worker \d+ ).*", told, re.MULTILINE)
+    lanes_told = re.findall(r"^(?:Temporal|worker \d+ ).*", done.stdout, re.MULTILINE)
     assert len(lanes_told) > 32 and max(map(len, lanes_told)) < 80
+
+
+def test_after_all_of_this_the_audit_is_clean(played: dict[str, Any]) -> None:
+    orders, violations = store.audit()
+    assert violations == [] and orders >= len(played)
