@@ -36,10 +36,9 @@ from typing import Any
 from unittest.mock import AsyncMock, MagicMock, Mock
 
 import pytest
-from temporalio.api.common.v1 import Payload, WorkflowExecution
+from temporalio.api.common.v1 import Payload
 from temporalio.api.enums import v1 as enums
 from temporalio.api.history.v1 import HistoryEvent
-from temporalio.api.workflowservice import v1 as requests
 from temporalio.client import Client, WithStartWorkflowOperation, WorkflowUpdateFailedError
 from temporalio.common import RawValue, WorkflowIDConflictPolicy
 from temporalio.converter import DefaultPayloadConverter
@@ -430,16 +429,17 @@ async def reset(stage: Stage, handle: Handle, task: int = 0, *, forget: bool) ->
     """Reset an order to its first workflow task, or a later one, and forget its signals or not."""
     history = await handle.fetch_history()
     tasks = [e for e in history.events if e.HasField("workflow_task_completed_event_attributes")]
-    left_out = [enums.ResetReapplyExcludeType.RESET_REAPPLY_EXCLUDE_TYPE_SIGNAL]
-    request = requests.ResetWorkflowExecutionRequest(
-        namespace=stage.client.namespace,
-        workflow_execution=WorkflowExecution(workflow_id=handle.id),
-        reason="to see what comes of it",
-        workflow_task_finish_event_id=tasks[task].event_id,
-        request_id=uuid.uuid4().hex,
-        reset_reapply_exclude_types=left_out if forget else [],
-    )
-    await stage.client.workflow_service.reset_workflow_execution(request)
+    words = ["--event-id", str(tasks[task].event_id), "--reason", "to see what comes of it"]
+    words += ["--reapply-exclude", "Signal"] if forget else []
+    await temporal(stage, "reset", handle.id, *words)
+
+
+async def temporal(stage: Stage, verb: str, order_id: str, *more: str) -> None:
+    """Do something to an order with Temporal's own command."""
+    words = [temporal_binary(), "workflow", verb, "--workflow-id", order_id, *more]
+    words += ["--address", stage.address, "--namespace", stage.client.namespace]
+    done = await asyncio.to_thread(subprocess.run, words, capture_output=True, timeout=LONG)
+    assert done.returncode == 0, done
 
 
 ENDS = ("COMPLETED", "CANCELLED", "REJECTED", "EXPIRED", "FAILED")
@@ -1117,10 +1117,7 @@ async def test_an_order_id_that_the_server_forgot_is_the_same_order_or_is_refuse
 
 async def forget(stage: Stage, order_id: str) -> None:
     """Have the server forget a workflow, as when its retention is over; it takes half a minute."""
-    request = requests.DeleteWorkflowExecutionRequest(
-        namespace=stage.client.namespace, workflow_execution=WorkflowExecution(workflow_id=order_id)
-    )
-    await stage.client.workflow_service.delete_workflow_execution(request)
+    await temporal(stage, "delete", order_id, "--yes")
     with pytest.raises(RPCError, match="not found"):
         async with asyncio.timeout(2 * LONG):
             while await stage.client.get_workflow_handle(order_id).describe():
