@@ -27,13 +27,13 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, nullcontext, redirect_stderr, redirect_stdout, suppress
+from contextlib import closing, redirect_stderr, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest.mock import AsyncMock, MagicMock, Mock
+from unittest.mock import AsyncMock, Mock
 
 import pytest
 from temporalio.api.common.v1 import Payload
@@ -49,7 +49,7 @@ from temporalio.worker import Replayer, UnsandboxedWorkflowRunner, Worker
 
 import charge_store as store
 from activities import FAULTS, ORDER_STEPS, RULES, STEPS, Order, charge, parse_order
-from signals import Bar, Event, Handle, end_of, find_bars, lanes, offer, read_events, read_history
+from signals import Bar, Event, Handle, end_of, find_bars, lanes, read_events, read_history
 from starter import (
     BUG,
     CHECKED,
@@ -1320,42 +1320,6 @@ def test_the_first_decision_stands_and_what_has_ended_is_not_told_as_going_on(st
     assert " now " not in done.stdout and "X its worker died" not in done.stdout
 
 
-OFFERED = [  # states, by order id; what is typed, and what it picks (None: it leaves)
-    ({"a": "AWAITING_REVIEW"}, [""], "a"),
-    ({"a": "AWAITING_REVIEW", "b": "CHARGING"}, ["2", "1"], "a"),
-    ({"a": "AWAITING_REVIEW", "b": "AWAITING_REVIEW"}, ["", "3", "c", "2"], "b"),
-    ({"a": "AWAITING_REVIEW", "b": "AWAITING_REVIEW"}, ["b"], "b"),
-    ({"a": "AWAITING_REVIEW", "b": "AWAITING_REVIEW"}, [""], None),
-    ({"a": "AWAITING_REVIEW"}, [], None),
-    ({"a": "CHARGING"}, [""], None),
-]
-
-
-@pytest.mark.parametrize(("states", "typed", "picks"), OFFERED)
-def test_an_order_is_picked_by_number_or_id_and_by_enter_if_it_is_the_only_one(
-    states: dict[str, str],
-    typed: list[str],
-    picks: str | None,
-    empty_store: None,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    listed, asked = MagicMock(), AsyncMock(side_effect=[*typed, EOFError])
-    listed.return_value.__aiter__.return_value = [argparse.Namespace(id=id_) for id_ in states]
-    client: Any = argparse.Namespace(list_workflows=listed, get_workflow_handle=str)
-    store.perform("reservation", "a", "a", "c", 1234)
-    monkeypatch.setattr("signals.ask", AsyncMock(side_effect=lambda id_: ({1: 1}, states[id_])))
-    monkeypatch.setattr("signals.Keyboard.__init__", lambda _: None)
-    monkeypatch.setattr("signals.Keyboard.ask", asked)
-    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
-    with nullcontext() if picks else pytest.raises(SystemExit):
-        assert asyncio.run(offer(client, "approve")) == picks
-        assert re.search(r"1  AWAITING_REVIEW +12.34  a", capsys.readouterr().out)
-        assert asked.await_count == len(typed)
-    only = list(states.values()).count("AWAITING_REVIEW") == 1
-    assert all(("[1]" in call.args[0]) == only for call in asked.await_args_list)
-
-
 @side_by_side
 def test_what_stops_a_script_is_said_in_one_line(_: Stage) -> None:
     answers(run("worker.py", TEMPORAL_ADDRESS=NOWHERE), 1, "worker.py server")
@@ -1666,14 +1630,14 @@ def test_the_edits_of_the_exercises_are_the_readmes_and_by_enter_they_are_of_the
 
 
 class Terminal:
-    """The starter in a pseudo-terminal, to talk with; bounded."""
+    """A script in a pseudo-terminal, to talk with; bounded."""
 
-    def __init__(self, folder: Path, **environment: str) -> None:
+    def __init__(self, folder: Path, *words: str, **environment: str) -> None:
         """Start it; if no other is named, the ledger stands beside the scripts."""
         self.text, self.end, (self.master, slave) = "", time.monotonic() + 3 * LONG, os.openpty()
         alone = {"COLUMNS": "80", "LINES": "24", "TEMPORAL_ADDRESS": "", "CHARGE_STORE": ""}
         self.process = subprocess.Popen(
-            [sys.executable, "starter.py"],
+            [sys.executable, *words],
             cwd=folder,
             env=os.environ | alone | environment,
             preexec_fn=partial(os.login_tty, slave),
@@ -1739,7 +1703,7 @@ def leave(terminal: Terminal, typed: bytes, told: str) -> int:
 def test_enter_all_the_way_plays_exercise_1_and_its_crash_is_real(stage: Stage) -> None:
     """One terminal, no server, no worker: the starter brings them and ends them, by Ctrl+C too."""
     copy = apart(stage.folder / "enter")
-    terminal = Terminal(copy)
+    terminal = Terminal(copy, "starter.py")
     server = terminal.talk(r"server: ([^,]+),")[1]
     terminal.talk((r"q \[1\]: ", ""), (r"\[customer-123\]: ", ""))
     terminal.talk((r"Amount \[99.99\]: ", "9" * 5000), (r"must be an amount.*\n", "5"))
@@ -1764,7 +1728,7 @@ def test_enter_all_the_way_plays_exercise_1_and_its_crash_is_real(stage: Stage) 
 def test_exercise_2_sees_what_a_person_does_in_other_terminals(stage: Stage) -> None:
     wing = Wing(stage, own_ledger=True)
     wing.start_worker()
-    terminal = Terminal(HERE, **wing.environment())
+    terminal = Terminal(HERE, "starter.py", **wing.environment())
     terminal.talk((r"q \[1\]: ", "2"), ("Enter begins: ", ""))
     for stop, seen in ((signal.SIGINT, "has stopped"), (signal.SIGKILL, "is dead")):
         worker = wing.workers.pop()
@@ -1787,7 +1751,7 @@ async def test_what_showed_nothing_is_not_explained_and_is_offered_again(stage: 
     """What came too late, and what a second worker did of which nobody thought: it is named."""
     wing = Wing(stage, own_ledger=True)
     wing.start_worker()
-    terminal = Terminal(HERE, **wing.environment())
+    terminal = Terminal(HERE, "starter.py", **wing.environment())
     terminal.talk((r"q \[1\]: ", "charge"), ("Enter begins: ", ""), "Enter stops worker")
     terminal.talk("not shown: too late")
     told = terminal.talk(r"next: 2 charge(?s:.*)q \[2\]: ")[0]
@@ -1801,6 +1765,35 @@ async def test_what_showed_nothing_is_not_explained_and_is_offered_again(stage: 
     assert int(named) in {worker.pid for worker in wing.workers}
     assert leave(terminal, b"\x04", "; to end one: temporal workflow") == 1  # Ctrl+D
     assert "exercise 6: you left before its end" in terminal.text
+
+
+@by_hand
+async def test_an_order_is_picked_by_number_or_id_and_by_enter_if_it_is_the_only_one(
+    stage: Stage,
+) -> None:
+    wing = Wing(stage)
+    wing.start_worker()
+    busy = await place(wing, "approve", charge_payment="down")
+    waiting = [await place(wing, amount_cents=1234) for _ in range(3)]
+    for handle in waiting:
+        await reach(handle, "AWAITING_REVIEW")
+
+    def talk(*parts: str | tuple[str, str]) -> re.Match[str]:
+        terminal = Terminal(HERE, "signals.py", "approve", **wing.environment())
+        last = terminal.talk(*parts)
+        assert terminal.close() == (0 if "sent;" in last[0] else 1)
+        return last
+
+    sent = r"(\S+): approve sent;"
+    wrong = [(r"Which one, or q: ", typed) for typed in ("", "4", busy.id)]
+    rule = r"must be a number from 1 to 3 or one of these ids"
+    listed = r"3  AWAITING_REVIEW +12\.34"
+    first = talk(listed, *wrong, rule, ("or q: ", "3"), sent)[1]
+    second, third = [handle.id for handle in waiting if handle.id != first]
+    talk(("or q: ", "q"), "no approve was sent")
+    talk(("or q: ", second), f"{second}: approve sent;")
+    talk((r"or q \[1\]: ", ""), f"{third}: approve sent;")
+    talk("no order waits to approve")
 
 
 @side_by_side
