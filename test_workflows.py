@@ -51,12 +51,10 @@ import charge_store as store
 from activities import FAULTS, ORDER_STEPS, RULES, STEPS, Order, charge, parse_order
 from signals import Bar, Event, Handle, end_of, find_bars, lanes, read_events, read_history
 from starter import (
+    AS_IT_WAS,
     BUG,
-    CHECKED,
     EXERCISES,
     NAMES,
-    NO_KEY,
-    PATCHED,
     Player,
     Verdict,
     sections,
@@ -1526,6 +1524,7 @@ def counting() -> Any:
     player.run = AsyncMock(return_value=(False, "too late, the order is SHIPPING"))
     player.place, player.in_history = AsyncMock(return_value=""), AsyncMock(return_value=[0.0] * 2)
     player.pollers, player.wait, player.ends = AsyncMock(return_value=[]), AsyncMock(), AsyncMock()
+    player.edit = AsyncMock()
     player.check = player.show = player.tell = player.note = player.expect_known = Mock()
     return player
 
@@ -1541,8 +1540,12 @@ def test_each_exercise_has_its_words_and_a_part_to_do_for_each_thing_to_be_done(
     monkeypatch.setattr("charge_store.events_of", lambda *_: seen)
     player = counting()
     within(EXERCISES[number](player))
-    assert text.count("\nDo. ") == player.turn.await_count
-    assert len(text.split("\n\n")) == 4 + player.turn.await_count  # each is a paragraph
+    acts = player.turn.await_count + player.edit.await_count
+    assert text.count("\nDo. ") == acts
+    assert len(text.split("\n\n")) == 4 + acts  # each is a paragraph
+    for _, old, new in [call.args[0] for call in player.edit.await_args_list]:
+        for line in set(new.splitlines()) - set(old.splitlines()):
+            assert line.strip() in text, line
     for label in ("Predict", "Observe", "Explain"):
         assert text.count(f"\n{label}. ") == 1, label
     told = re.findall(rf"^\| {number} \|.*?\|.*?\|(.*?)\|", README, re.MULTILINE)[0]
@@ -1606,25 +1609,18 @@ async def test_another_servers_file_or_another_ledger_is_named(stage: Stage) -> 
         player.expect_known("nobody")
 
 
-@pytest.mark.parametrize(
-    "change", [BUG, CHECKED, PATCHED, NO_KEY], ids=lambda change: change[2][:40]
-)
-def test_the_edits_of_the_exercises_are_the_readmes_and_by_enter_they_are_of_the_copy(
-    change: tuple[str, str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_an_edit_is_seen_in_a_persons_own_file_and_by_enter_it_is_of_the_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    file, text, instead = change
-    look = partial(counting().sees, stands, tmp_path / "own", instead)
-    # An editor that saves may have renamed the file away at this moment.
-    assert not within(look())
-    own = changed_copy(tmp_path / "own", *change)  # the text stands in the file, once
-    assert within(look()) == (change != NO_KEY)
-    for line in set(instead.splitlines()) - set(text.splitlines()):
-        assert line.strip() in README, line
-    monkeypatch.setattr("starter.HERE", own)  # whatever a person did to the file itself
-    player, copy = Player(Stage(HERE, 0)), tmp_path / file
-    shutil.copy(HERE / file, copy)
-    player.stage.code, original = tmp_path, copy.read_text(encoding="utf-8")
-    for edit, now in (change, original.replace(text, instead)), ((file, "", ""), original):
+    own, copy = tmp_path / "own", tmp_path / "workflows.py"
+    look = partial(counting().sees, stands, own, BUG[2])
+    assert not within(look())  # an editor that saves may have renamed the file away at this moment
+    monkeypatch.setattr("starter.HERE", changed_copy(own, *BUG))
+    assert within(look())
+    player, original = Player(Stage(HERE, 0)), (HERE / copy.name).read_text(encoding="utf-8")
+    player.stage.code = tmp_path
+    copy.write_text(original, encoding="utf-8")
+    for edit, now in (BUG, original.replace(*BUG[1:])), (AS_IT_WAS, original):
         within(player.edit(edit))
         assert copy.read_text(encoding="utf-8") == now
 
@@ -1810,17 +1806,13 @@ async def test_a_worker_that_cannot_start_says_why_and_is_not_waited_for(stage: 
             await asyncio.sleep(0.05)
 
 
-@pytest.mark.parametrize("left", ["", BUG[1], BUG[2]])
-def test_a_line_that_an_exercise_left_in_workflows_or_took_is_named(
-    left: str, stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    edited = changed_copy(tmp_path / "edited", *BUG[:2], left)
-    monkeypatch.setattr("worker.HERE", edited)
-    monkeypatch.setattr("signals.Keyboard.__init__", lambda _: None)
-    monkeypatch.setattr("signals.Keyboard.ask", AsyncMock(side_effect=EOFError))
-    done = starter()
-    assert (done.returncode, done.stderr) == (0, "")
-    assert ("still has a line of exercise 9 or 11" in done.stdout) == (left != BUG[1])
+@side_by_side
+def test_a_line_that_an_exercise_left_in_workflows_or_took_is_named(stage: Stage) -> None:
+    for n, left in enumerate(["", *BUG[1:]]):
+        edited = changed_copy(stage.folder / f"edited-{n}", *BUG[:2], left)
+        done = run("starter.py", code=edited)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert ("still has a line of exercise 9 or 11" in done.stdout) == (left != BUG[1])
 
 
 @side_by_side
