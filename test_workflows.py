@@ -898,27 +898,24 @@ def test_the_audit_has_a_line_for_each_effect_that_does_not_fit_the_last_outcome
 # Orders that our scripts would not send: straight to the server.
 
 NOT_JSON = RawValue(Payload(metadata={"encoding": b"json/plain"}, data=b"{"))
-WHOLE: list[Any] = [[], [None], ["an order"], [5], [{}], [[{"order_id": "bad-"}]], [NOT_JSON]]
-WHOLE += [[{"order_id": "bad-other"}], [{"order_id": "bad-1"}, {"order_id": "bad-1"}]]
-FIELDS: list[Any] = [{"colour": "red"}, {"max_attempts": -1}, {"wait_seconds": NAN}]
-FIELDS += [{"review_seconds": 1e300}, {"amount_cents": True}, {"deadline_seconds": "5"}]
-KINDS = {
-    "OrderWorkflow": (ORDERS_QUEUE, "", ""),
-    "ChargeWorkflow": (ORDERS_QUEUE, "charge-", "charge-"),
-    "ShippingWorkflow": (SHIPPING_QUEUE, "ship-", ""),
-}
+MALFORMED: list[Any] = [[], [None], ["an order"], [5], [{}], [[{"order_id": "bad-"}]], [NOT_JSON]]
+MALFORMED += [[{"order_id": "bad-other"}], [{"order_id": "bad-1"}, {"order_id": "bad-1"}]]
+KINDS = {"OrderWorkflow": "", "ChargeWorkflow": "charge-", "ShippingWorkflow": "ship-"}
 
 
 @side_by_side
 async def test_a_malformed_order_fails_at_once_and_leaves_no_trace(stage: Stage) -> None:
-    async def send(kind: str, inputs: Any) -> str:
-        (queue, prefix, order_prefix), name = KINDS[kind], f"bad-{uuid.uuid4().hex}"
-        if isinstance(inputs, dict):
-            inputs = [{"order_id": order_prefix + name} | inputs]
-        options: dict[str, Any] = {"args": inputs, "id": prefix + name, "task_queue": queue}
-        return await end_of(await stage.client.start_workflow(kind, **options))
+    """Each field alone: see LIMITS."""
 
-    sent = [(kind, inputs) for kind in KINDS for inputs in [*WHOLE, *FIELDS]]
+    async def send(kind: str, inputs: list[Any]) -> str:
+        queue = SHIPPING_QUEUE if kind == "ShippingWorkflow" else ORDERS_QUEUE
+        options: dict[str, Any] = {
+            "id": f"{KINDS[kind]}bad-{uuid.uuid4().hex}",
+            "task_queue": queue,
+        }
+        return await end_of(await stage.client.start_workflow(kind, args=inputs, **options))
+
+    sent = list(itertools.product(KINDS, MALFORMED))
     ends = await asyncio.gather(*(send(*one) for one in sent))
     wrong = [(*one, end) for one, end in zip(sent, ends, strict=True) if end != "InvalidOrder"]
     assert wrong == []
@@ -1851,10 +1848,7 @@ worker 4                      charge =====|
 Temporal       wait ======....==========.....>
 worker 1       ?       ?
 worker 3          prepare ===================>
-worker 2                     charge =X
-               X its worker died   ? the code
-               failed   > goes on   . no
-               server""",
+worker 2                     charge =X""",
     ),
     "a worker died that fell silent or whose answer was lost; who lives failed or was stopped": (
         [ran(1, 0.5), *timed("Deadline", 0, 9), ran(2, 10), END],
@@ -1873,10 +1867,7 @@ worker 1       ======X charge
 worker 5          ===| record
 worker 2         charge ======x  ======/     -
 worker 4                   ===X dispatch
-worker 3                         charge ==|==|
-               X its worker died   x failed
-               / stopped   | end   - ran the
-               code""",
+worker 3                         charge ==|==|""",
     ),
 }
 
@@ -1884,7 +1875,9 @@ worker 3                         charge ==|==|
 @pytest.mark.parametrize("name", PICTURES)
 def test_lanes_draw_what_happened(name: str) -> None:
     history, ledger_rows, picture = PICTURES[name]
-    assert lanes(find_bars(history, ledger_rows, 11), 46)[1:] == picture.splitlines()[1:]
+    drawn, told = lanes(find_bars(history, ledger_rows, 11), 46), picture.splitlines()
+    assert drawn[1 : len(told)] == told[1:]
+    assert all(line[0] == " " for line in drawn[len(told) :])  # the legend
 
 
 @pytest.mark.parametrize("waits", [[], timed("wait", 0, 600)])
