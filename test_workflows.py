@@ -899,7 +899,11 @@ def test_the_audit_has_a_line_for_each_effect_that_does_not_fit_the_last_outcome
 NOT_JSON = RawValue(Payload(metadata={"encoding": b"json/plain"}, data=b"{"))
 MALFORMED: list[Any] = [[], [None], ["an order"], [5], [{}], [[{"order_id": "bad-"}]], [NOT_JSON]]
 MALFORMED += [[{"order_id": "bad-other"}], [{"order_id": "bad-1"}, {"order_id": "bad-1"}]]
-KINDS = {"OrderWorkflow": "", "ChargeWorkflow": "charge-", "ShippingWorkflow": "ship-"}
+KINDS = {  # a workflow's queue, and how its id begins
+    "OrderWorkflow": (ORDERS_QUEUE, "bad-"),
+    "ChargeWorkflow": (ORDERS_QUEUE, "charge-bad-"),
+    "ShippingWorkflow": (SHIPPING_QUEUE, "ship-bad-"),
+}
 
 
 @side_by_side
@@ -907,11 +911,8 @@ async def test_a_malformed_order_fails_at_once_and_leaves_no_trace(stage: Stage)
     """Each field alone: see LIMITS."""
 
     async def send(kind: str, inputs: list[Any]) -> str:
-        queue = SHIPPING_QUEUE if kind == "ShippingWorkflow" else ORDERS_QUEUE
-        options: dict[str, Any] = {
-            "id": f"{KINDS[kind]}bad-{uuid.uuid4().hex}",
-            "task_queue": queue,
-        }
+        queue, prefix = KINDS[kind]
+        options: dict[str, Any] = {"id": prefix + uuid.uuid4().hex, "task_queue": queue}
         return await end_of(await stage.client.start_workflow(kind, args=inputs, **options))
 
     sent = list(itertools.product(KINDS, MALFORMED))
@@ -983,9 +984,8 @@ async def test_an_update_sent_with_its_order_runs_before_the_first_line(stage: S
 
 @side_by_side
 async def test_a_second_order_on_one_payment_id_leaves_the_first_its_charge(stage: Stage) -> None:
-    first, second = [
-        await gather(await place(stage, "approve", payment_id="pay-more")) for _ in range(2)
-    ]
+    first = await gather(await place(stage, "approve", payment_id="pay-more"))
+    second = await gather(await place(stage, "approve", payment_id="pay-more"))
     assert (first.ended, second.ended) == ("COMPLETED", "PaymentConflict")
     assert second.effects == UNPAID and ledger(first.status["order_id"]) == PAID
 
@@ -1189,7 +1189,8 @@ def test_an_order_is_followed_to_its_end_and_then_it_is_too_late(stage: Stage) -
     answers(signals("watch", "bad"), 1, "bad FAILED")
 
 
-def test_a_running_order_is_attached_to_and_what_people_typed_is_escaped(stage: Stage) -> None:
+def test_a_running_order_is_attached_to_and_what_others_typed_is_escaped(stage: Stage) -> None:
+    """Addresses, notes, and the id that somebody gave a workflow without our scripts."""
     order = ["order", "open", "--review-seconds", "600", "--deadline", "600"]
     answers(starter(*order, "--address", RED), 0, "open started")
     answers(starter(*order), 0, "open is running already")
@@ -1201,6 +1202,12 @@ def test_a_running_order_is_attached_to_and_what_people_typed_is_escaped(stage: 
     answers(signals("status", "open"), 0, TYPED)  # the address was changed: this is the note
     answers(signals("events", "open"), 0, f"note={TYPED}")
     answers(ledger_says("open"), 0, f"address={TYPED}")
+    refused = stage.client.start_workflow("OrderWorkflow", id=RED, task_queue=ORDERS_QUEUE)
+    assert within(end_of(within(refused))) == "InvalidOrder"
+    answers(signals("approve", RED), 1, "too late")
+    answers(signals("watch", RED), 1, f"{TYPED} FAILED")
+    for words in (["status", RED], ["list"]):
+        answers(signals(*words), 0, TYPED)
 
 
 def test_the_same_charge_again_is_the_same_workflow_and_charged_once(stage: Stage) -> None:
@@ -1211,16 +1218,6 @@ def test_the_same_charge_again_is_the_same_workflow_and_charged_once(stage: Stag
     done = signals("status", "charge-c-1230")
     answers(done, 0, "COMPLETED")
     assert "RUNNING" not in done.stdout
-
-
-def test_an_id_that_somebody_else_gave_a_workflow_is_escaped(stage: Stage) -> None:
-    refused = stage.client.start_workflow("OrderWorkflow", id=RED, task_queue=ORDERS_QUEUE)
-    assert within(end_of(within(refused))) == "InvalidOrder"
-    answers(signals("approve", RED), 1, "too late")
-    answers(signals("update-address", RED, "3"), 1, "too late")
-    answers(signals("watch", RED), 1, f"{TYPED} FAILED")
-    answers(signals("status", RED), 0, TYPED)
-    answers(signals("list"), 0, TYPED)
 
 
 def test_the_list_has_the_newest_first_and_says_how_many_it_leaves_out(stage: Stage) -> None:
@@ -1564,12 +1561,9 @@ class Terminal:
         """Start it; if no other is named, the ledger stands beside the scripts."""
         self.text, self.end, (self.master, slave) = "", time.monotonic() + 3 * LONG, os.openpty()
         alone = {"COLUMNS": "80", "LINES": "24", "TEMPORAL_ADDRESS": "", "CHARGE_STORE": ""}
-        self.process = subprocess.Popen(
-            [sys.executable, *words],
-            cwd=folder,
-            env=os.environ | alone | environment,
-            preexec_fn=partial(os.login_tty, slave),
-        )
+        options: dict[str, Any] = {"cwd": folder, "env": os.environ | alone | environment}
+        options["preexec_fn"] = partial(os.login_tty, slave)
+        self.process = subprocess.Popen([sys.executable, *words], **options)
         os.close(slave)
 
     def talk(self, *parts: str | tuple[str, str]) -> re.Match[str]:
