@@ -1141,12 +1141,10 @@ HELP += [f"starter.py {verb}" for verb in ("charge", "order", "crash", "chaos", 
 HELP += [f"signals.py {verb}" for verb in ("approve", "cancel", "update-address", "watch", "list")]
 
 
-@pytest.mark.parametrize(
-    ("says", "words"),
-    [(says, [*line.split(), last]) for says, line, many in WRONG for last in many],
-)
-def test_wrong_usage_exits_2_with_one_line(says: str, words: list[str]) -> None:
-    answers(here(*words, TEMPORAL_ADDRESS=NOWHERE), 2, says)
+@pytest.mark.parametrize(("says", "line", "wrong"), WRONG)
+def test_wrong_usage_exits_2_with_one_line(says: str, line: str, wrong: list[str]) -> None:
+    for word in wrong:
+        answers(here(*line.split(), word, TEMPORAL_ADDRESS=NOWHERE), 2, says)
 
 
 @pytest.mark.parametrize("line", HELP)
@@ -1862,17 +1860,13 @@ def test_a_long_time_in_which_nothing_is_done_is_shortened_and_told(waits: list[
         assert "~" not in "".join(lanes(bars))
 
 
-@pytest.mark.parametrize(
-    ("cause", "marks"), [("UNHANDLED_COMMAND", []), ("NON_DETERMINISTIC_ERROR", ["?"])]
-)
-def test_a_task_that_a_message_overtook_is_no_failure_of_the_code(
-    cause: str, marks: list[str]
-) -> None:
-    event = HistoryEvent(event_type=enums.EventType.EVENT_TYPE_WORKFLOW_TASK_FAILED)
-    failed = event.workflow_task_failed_event_attributes
-    failed.cause = enums.WorkflowTaskFailedCause.Value(f"WORKFLOW_TASK_FAILED_CAUSE_{cause}")
-    failed.identity = "1@here"
-    assert [bar.mark for bar in find_bars(read_events([event]), [], 0)] == marks
+def test_a_task_that_a_message_overtook_is_no_failure_of_the_code() -> None:
+    for cause, marks in (("UNHANDLED_COMMAND", []), ("NON_DETERMINISTIC_ERROR", ["?"])):
+        event = HistoryEvent(event_type=enums.EventType.EVENT_TYPE_WORKFLOW_TASK_FAILED)
+        failed = event.workflow_task_failed_event_attributes
+        failed.cause = enums.WorkflowTaskFailedCause.Value(f"WORKFLOW_TASK_FAILED_CAUSE_{cause}")
+        failed.identity = "1@here"
+        assert [bar.mark for bar in find_bars(read_events([event]), [], 0)] == marks
 
 
 def test_a_narrow_terminal_gets_a_command_whole(monkeypatch: pytest.MonkeyPatch) -> None:
