@@ -570,7 +570,6 @@ def test_order_ends_as_told(name: str, played: dict[str, Any]) -> None:
 # Every fault on every activity, a death of its process too: a few orders, in which one step after
 # the other meets it. The undo steps need an order that is given up: its packing fails.
 
-GIVEN_UP = {"prepare_package": "down"}
 OTHERS = [step for step in STEPS if step not in UNDO_STEPS]
 GROUPS = {"undo": UNDO_STEPS, "even": OTHERS[::2], "odd": OTHERS[1::2]}
 
@@ -585,8 +584,8 @@ def with_faults(*faults: str) -> dict[str, Scenario]:
         fields = {"max_attempts": 0} | dict.fromkeys(GROUPS[name], fault)
         found[f"{name} {fault}"] = completed(YES, **fields)
         if name == "undo":
-            stop = ("prepare_package", "cancel")
-            found[f"{name} {fault}"] = cancelled(YES, stop, **GIVEN_UP | fields)
+            fields["prepare_package"] = "down"
+            found[f"{name} {fault}"] = cancelled(YES, ("prepare_package", "cancel"), **fields)
     return found
 
 
@@ -1359,12 +1358,8 @@ async def test_the_server_command_is_the_server_and_keeps_its_data(stage: Stage)
 # The README: what it names exists, what it tells to type is understood.
 
 README = (HERE / "README.md").read_text(encoding="utf-8")
-BASH = [
-    line.strip()
-    for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
-    for line in block.replace("\\\n", " ").splitlines()
-]
-TOLD = [*BASH, *re.findall(r"`((?:python|temporal) [^`]*)`", README)]
+BASH = "".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL)).replace("\\\n", " ")
+TOLD = [*BASH.splitlines(), *re.findall(r"`((?:python|temporal) [^`]*)`", README)]
 OURS = sorted({m for line in TOLD for m in re.findall(r"\w+\.py(?: [^&|;#>]*)?$", line)})
 SERVERS = sorted({m for line in TOLD for m in re.findall(r"\btemporal [^&|;#>]*", line)})
 
