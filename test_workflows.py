@@ -132,15 +132,13 @@ ledger_says = partial(here, "charge_store.py")
 # What runs side by side, as most of what it does is to wait: tests, and the orders that tests look
 # at. All talk to the one server; what harms its workers or its ledger has a wing of its own.
 
-Works = dict[str, Callable[[Stage], Any]]
-BESIDE: Works = {}  # what lasts as long as all the rest
-SIDE_BY_SIDE: Works = {}
-BY_HAND: Works = {}  # what has to act within the 5 s of a slow step: when all else is done
+# First what lasts as long as all the rest, last what has to act within the 5 s of a slow step.
+PHASES: list[dict[str, Callable[[Stage], Any]]] = [{}, {}, {}]
 
 
-def side_by_side(work: Callable[[Stage], Any], works: Works = SIDE_BY_SIDE) -> Callable[..., Any]:
+def side_by_side(work: Callable[[Stage], Any], phase: int = 1) -> Callable[..., Any]:
     """Have a test or a fixture, async or not, run at the same time as all that are marked so."""
-    works[work.__name__] = work
+    PHASES[phase][work.__name__] = work
 
     def result(begun: dict[str, Future[Any]]) -> Any:
         return begun[work.__name__].result()
@@ -148,7 +146,7 @@ def side_by_side(work: Callable[[Stage], Any], works: Works = SIDE_BY_SIDE) -> C
     return result
 
 
-beside, by_hand = (partial(side_by_side, works=works) for works in (BESIDE, BY_HAND))
+beside, by_hand = partial(side_by_side, phase=0), partial(side_by_side, phase=2)
 
 
 @pytest.fixture(scope="session")
@@ -162,11 +160,11 @@ def begun(stage: Stage, request: pytest.FixtureRequest) -> dict[str, Future[Any]
     items: Any = request.session.items
     needed = {name for item in items for name in (item.name, *item.fixturenames)}
     results: dict[str, Future[Any]] = {}
-    for works in (BESIDE, SIDE_BY_SIDE, BY_HAND):
+    for works in PHASES:
         # With fewer at once two cores would idle, with more orders would be late for slow steps.
         pool = ThreadPoolExecutor(4)
         results |= {n: pool.submit(do, work) for n, work in works.items() if n in needed}
-        pool.shutdown(wait=works is not BESIDE)
+        pool.shutdown(wait=works is not PHASES[0])
     return results
 
 
