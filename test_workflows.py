@@ -97,7 +97,7 @@ def run(script: str, *words: str, code: Path = HERE, **environment: str) -> Done
     arguments = [sys.executable, str(code / script), *words]
     pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True}
     pipes |= {"cwd": code, "env": os.environ | environment, "errors": "replace"}
-    return subprocess.run(arguments, timeout=3 * LONG, **pipes)
+    return subprocess.run(arguments, timeout=5 * LONG, **pipes)
 
 
 def here(script: str, *words: str, **environment: str) -> Done:
