@@ -173,9 +173,9 @@ def within(work: Any, seconds: float = LONG) -> Any:
     return asyncio.run(asyncio.wait_for(work, seconds))
 
 
-def changed_copy(folder: Path, file: str, text: str, instead: str, of: Path = HERE) -> Path:
+def changed_copy(folder: Path, file: str, text: str, instead: str) -> Path:
     """Copy our files with one text in one of them changed."""
-    shutil.copytree(of, folder, ignore=shutil.ignore_patterns(".*", "*.db*"))
+    shutil.copytree(HERE, folder, ignore=shutil.ignore_patterns(".*", "*.db*"))
     source = (folder / file).read_text(encoding="utf-8")
     if source.count(text) != 1:
         raise AssertionError(f"{file} has {text!r} {source.count(text)} times")
@@ -987,9 +987,8 @@ async def test_an_order_that_code_with_other_defaults_received_is_no_other(stage
     for handle in (stopped, again):
         await seen(lambda order_id: "charge" in ledger(order_id), handle.id)
     wing.kill_worker(worker)
-    changed = partial(changed_copy, file="activities.py")
-    wing.code = changed(wing.folder / "a", text='{"person": 30', instead='{"person": 31')
-    wing.code = changed(wing.folder / "b", text='"1 Main Street"', instead='"2 Main"', of=wing.code)
+    change = ("activities.py", '"1 Main Street"', '"2 Main"')
+    wing.code = changed_copy(wing.folder / "code", *change)
     wing.start_worker()
     await stopped.signal("cancel")
     await reset(wing, again, forget=False)
