@@ -744,9 +744,7 @@ def test_a_value_within_its_limits_is_taken_and_any_other_refused_by_name(field:
         assert refused.value.message.isprintable()
 
 
-def test_an_order_id_is_the_workflow_id_and_defaults_are_filled_in() -> None:
-    with pytest.raises(ApplicationError, match=r"order_id: .*other"):
-        parse_order({"order_id": "a"}, "other")
+def test_defaults_are_filled_in() -> None:
     order = parse_order({"order_id": "a"}, "a")
     assert order == Order("a", payment_id="pay-a", review_seconds=30)
     assert parse_order(asdict(order), "a") == order
@@ -782,17 +780,13 @@ def test_a_charge_many_ask_for_is_made_once_and_each_request_counts(
     assert {receipt["created_at"] for receipt in receipts} == {row["created_at"]}
 
 
-@pytest.mark.parametrize("owner", [("o2", "c", 5), ("o", "c2", 5), ("o", "c", 6)])
-def test_a_key_of_another_order_customer_or_amount_charges_and_refunds_nothing(
-    owner: tuple[str, str, int], empty_store: None
-) -> None:
-    other = ("charge", "k", *owner)
+def test_a_key_of_another_order_customer_or_amount_does_nothing(empty_store: None) -> None:
     first = store.perform(*CHARGE)
-    with pytest.raises(store.PaymentConflict):
-        store.perform(*other)
-    assert store.undo(*other) == "not ours"
-    assert store.perform(*CHARGE) == first | {"requests": 3}
-    assert [store.undo(*CHARGE), store.undo(*other)] == ["refunded", "not ours"]
+    for owner in ("o2", "c", 5), ("o", "c2", 5), ("o", "c", 6):
+        with pytest.raises(store.PaymentConflict):
+            store.perform("charge", "k", *owner)
+        assert store.undo("charge", "k", *owner) == "not ours"
+    assert store.perform(*CHARGE) == first | {"requests": 5}
 
 
 def test_a_card_that_expires_between_attempts_changes_no_answer(empty_store: None) -> None:
@@ -1470,7 +1464,6 @@ def test_each_exercise_has_its_words_and_a_part_to_do_for_each_thing_to_be_done(
         ("address", [{"address": "5 Wrong Road"}], "was changed to"),
         ("server", [{"worker": 1}, {"worker": 2}], "not the same worker"),
         ("late", [{"ended": "ok"}], "arrived before the cancel"),
-        ("points", [], "worker 1, which nobody thought of, serves too"),
     ],
 )
 def test_what_was_done_otherwise_than_asked_for_does_not_hold(
@@ -1479,7 +1472,6 @@ def test_what_was_done_otherwise_than_asked_for_does_not_hold(
     monkeypatch.setattr("charge_store.events_of", lambda *_: seen)
     player = counting()
     player.show, player.kill = partial(Player.show, player), AsyncMock()
-    player.pollers = AsyncMock(return_value=[1])
     with pytest.raises(Verdict, match=f"not shown: .*{verdict}"):
         within(EXERCISES[NAMES.index(name)](player))
 
