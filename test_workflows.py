@@ -835,12 +835,10 @@ def test_money_and_decisions_are_on_disk_when_answered(empty_store: None) -> Non
         ("FULL", partial(store.perform, *CHARGE)),
         ("FULL", partial(store.undo, *CHARGE)),
         ("FULL", partial(store.note, "o", "approve", {})),
-        ("NORMAL", partial(store.begin, "o", "charge_payment", 1, {})),
-        ("NORMAL", partial(store.finish, 2, "ok", 1)),
+        ("NORMAL", partial(store.begin, "o", "charge_payment", 1, {})),  # soon after
     ):
-        ran.clear()
         call()
-        assert ran[0] == f"PRAGMA synchronous = {level}" and ran[1][:6] in ("INSERT", "UPDATE")
+        assert ran[-2] == f"PRAGMA synchronous = {level}" and ran[-1].startswith("INSERT")
 
 
 def test_what_a_killed_process_wrote_is_in_the_file_once_opened(empty_store: None) -> None:
