@@ -5,7 +5,6 @@ polls for a condition. Where a busy machine was late for the 5 s of a slow step,
 played again, three times at most, with a warning.
 """
 
-import argparse
 import asyncio
 import atexit
 import io
@@ -263,10 +262,7 @@ SCENARIOS: dict[str, Scenario] = {
         "REJECTED", UNPAID, ("AWAITING_REVIEW", "reject", "no"), review="timer", review_seconds=30
     ),
     "rejected too late": completed(
-        ("charge_payment", "reject"),
-        **TIMED,
-        charge_payment="slow",
-        status={"decision": "approved"},
+        ("CHARGING", "reject"), **TIMED, charge_payment="slow", status={"decision": "approved"}
     ),
     "card expired last month": Scenario(
         "PaymentDeclined", VOIDED, YES, card_expiry=f"{LAST_MONTH:%m/%y}"
@@ -1436,7 +1432,7 @@ def test_each_exercise_has_its_words_and_a_part_to_do_for_each_thing_to_be_done(
 ) -> None:
     assert list(sections()) == list(range(len(EXERCISES)))
     text = sections()[number][1]
-    monkeypatch.setattr("starter.plain_job", lambda *_: argparse.Namespace(pid=0, kill=int))
+    monkeypatch.setattr("starter.plain_job", lambda *_: Mock(pid=0))
     seen = [{"address": "2 Side Street", "worker": 1}]
     monkeypatch.setattr("charge_store.events_of", lambda *_: seen)
     player = counting()
