@@ -176,8 +176,7 @@ def changed_copy(folder: Path, file: str, text: str, instead: str) -> Path:
     """Copy our files with one text in one of them changed."""
     shutil.copytree(HERE, folder, ignore=shutil.ignore_patterns(".*", "*.db*"))
     source = (folder / file).read_text(encoding="utf-8")
-    if source.count(text) != 1:
-        raise AssertionError(f"{file} has {text!r} {source.count(text)} times")
+    assert source.count(text) == 1, text
     (folder / file).write_text(source.replace(text, instead), encoding="utf-8")
     return folder
 
@@ -1278,11 +1277,10 @@ async def test_a_locked_ledger_is_outlived_and_keeps_nobody_who_leaves(stage: St
 
 @side_by_side
 def test_a_closed_input_or_output_is_no_reason_for_a_traceback(_: Stage) -> None:
-    bash = shutil.which("bash")
     looks = ["signals.py approve <&-", "signals.py list >&-", "charge_store.py --audit >&-"]
     looks += ["charge_store.py >&-", "starter.py order closed <&- >&-", "worker.py --help >&-"]
-    for line in looks if bash else []:
-        words = [str(bash), "-c", f"exec {shlex.quote(sys.executable)} {line}"]
+    for line in looks:
+        words = ["bash", "-c", f"exec {shlex.quote(sys.executable)} {line}"]
         done = subprocess.run(words, cwd=HERE, capture_output=True, text=True, timeout=LONG)
         assert done.returncode in (0, 1) and "Traceback" not in done.stderr, done
 
