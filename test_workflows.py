@@ -1190,7 +1190,7 @@ def test_the_same_charge_again_is_the_same_workflow_and_charged_once(stage: Stag
     assert "RUNNING" not in done.stdout
 
 
-def test_the_list_has_the_newest_first_and_says_how_many_it_leaves_out(stage: Stage) -> None:
+def test_the_list_has_the_newest_first_amounts_and_other_runs(played: dict[str, Any]) -> None:
     answers(starter("order", "listed-1", *LASTING), 0, "started")  # it goes on: the oldest lasts
     for order_id in ("listed-2", "listed-3"):
         answers(starter("order", order_id, *QUICK), 0, "COMPLETED")
@@ -1198,7 +1198,8 @@ def test_the_list_has_the_newest_first_and_says_how_many_it_leaves_out(stage: St
     assert [row.split()[4] for row in rows[:2]] == ["listed-3", "listed-2"]
     assert re.fullmatch(r"\d+ older ones are not shown; --limit \d+ shows all", rows[2])
     everything = signals("list", "--limit", rows[2].split()[-3]).stdout
-    assert "not shown" not in everything and "listed-1" in everything
+    assert "not shown" not in everything and "99.99  listed-1" in everything
+    assert re.search(r"99\.99  test-\w+  \(another run of it\)", everything)  # after a reset
 
 
 def test_the_first_decision_stands_and_what_has_ended_is_not_told_as_going_on(stage: Stage) -> None:
