@@ -40,34 +40,13 @@ from temporalio.common import WorkflowIDReusePolicy
 from temporalio.exceptions import ApplicationError, WorkflowAlreadyStartedError
 from temporalio.service import RPCError, RPCStatusCode
 
-if sys.platform != "win32":
-    import resource
-
 import charge_store as store
 import signals
+import worker
 from activities import FAULTS, RULES, SLOW_SECONDS, STEPS, number, parse_order
 from charge_store import printable, say
 from signals import Keyboard, Screen, end_of, positive, take
-from worker import (
-    DEFAULT_ADDRESS,
-    HERE,
-    Parser,
-    Stage,
-    cancel_on,
-    client_config,
-    command,
-    connect,
-    is_listening,
-    is_process,
-    kill_command,
-    nearby,
-    persist,
-    private_stage,
-    run_script,
-    start_apart,
-    temporal_binary,
-    web_ui,
-)
+from worker import HERE, Stage, command, is_process
 from workflows import ORDERS_QUEUE, SHIPPING_QUEUE
 
 # One order or charge.
@@ -104,7 +83,7 @@ async def place(options: argparse.Namespace) -> None:
                 sys.exit(f"{order.order_id} has finished already: nothing was started; see: {see}")
             say(f"{order.order_id} is running already: attached to it, nothing was started")
         page = f"namespaces/{client.namespace}/workflows/{order.order_id}"
-        say(f"see it: {web_ui(stage.address)}/{page}")
+        say(f"see it: {worker.web_ui(stage.address)}/{page}")
         if stage.ours or options.wait_result:
             await signals.follow(client, order.order_id, stage.revive if stage.ours else None)
         else:
@@ -126,19 +105,20 @@ async def temporal(quiet: bool) -> AsyncIterator[Stage]:
 
     quiet: our worker's lines go to a file and not to the screen.
     """
-    if client_config() or await is_listening(DEFAULT_ADDRESS):
+    address = worker.DEFAULT_ADDRESS
+    if worker.client_config() or await worker.is_listening(address):
         stage = Stage(HERE, 0)
-        stage.client = await connect()
+        stage.client = await worker.connect()
         stage.address = stage.client.service_client.config.target_host
         yield stage
         return
     with TemporaryDirectory(prefix="orders-", ignore_cleanup_errors=True) as folder:
         logs = Path(folder) / "workers.log" if quiet else None
-        async with aclosing(Stage(HERE, int(DEFAULT_ADDRESS.rpartition(":")[2]), logs)) as stage:
-            say(f"no server at {DEFAULT_ADDRESS}: starting one, and a worker, while this runs")
+        async with aclosing(Stage(HERE, int(address.rpartition(":")[2]), logs)) as stage:
+            say(f"no server at {address}: starting one, and a worker, while this runs")
             await stage.start_server()
-            kept = nearby(HERE / "temporal.db")
-            say(f"Web UI: {web_ui(DEFAULT_ADDRESS)}  unfinished orders stay in {kept}")
+            kept = worker.nearby(HERE / "temporal.db")
+            say(f"Web UI: {worker.web_ui(address)}  unfinished orders stay in {kept}")
             stage.start_worker()
             yield stage
 
@@ -394,7 +374,7 @@ time.sleep({slow})  # the provider's answer is on the way
 def plain_job(stage: Stage, order_id: str, wait: float) -> subprocess.Popen[bytes]:
     """Do an order as a background job without Temporal: all it knows is in its memory."""
     code = JOB.format(order_id=order_id, wait=wait, slow=SLOW_SECONDS)
-    job = start_apart([sys.executable, "-c", code], cwd=HERE)
+    job = worker.start_apart([sys.executable, "-c", code], cwd=HERE)
     stage.workers.append(job)  # it does not outlive the stage
     return job
 
@@ -454,7 +434,7 @@ class Player:
         """Play an exercise; return `held`, `not shown: ...` or `NOT HELD: ...`."""
         self.orders, self.screen, verdict = {}, Screen(), "held"
         if exercise in CONTRASTS and self.stage.folder == HERE:
-            async with private_stage() as apart:
+            async with worker.private_stage() as apart:
                 player = Player(apart, self.keyboard)
                 player.parts = self.parts
                 return await player.play(exercise)
@@ -479,16 +459,16 @@ class Player:
                 for order_id in () if await self.server_is_dead() else self.orders:
                     print()
                     say(order_id)
-                    await persist(partial(signals.show_lanes, self.handle(order_id)))
+                    await worker.persist(partial(signals.show_lanes, self.handle(order_id)))
         say(verdict)
         return verdict
 
     async def prepare(self) -> None:
         """Have one worker; on a stage of ours a new one, of a copy of our scripts, to be edited."""
         if self.stage.ours:
-            for worker in list(self.stage.workers):
-                self.stage.kill_worker(worker)
-                self.note("killed", worker=worker.pid)
+            for process in list(self.stage.workers):
+                self.stage.kill_worker(process)
+                self.note("killed", worker=process.pid)
             if await self.server_is_dead():
                 await self.stage.start_server()
             assert self.stage.logs
@@ -500,7 +480,7 @@ class Player:
         # One that was killed a moment ago could be given the next task; it would take 10 s to see.
         await self.until("a worker is there", self.served)
         if self.stage.ours:
-            await self.expect_alone(known=[worker.pid for worker in self.stage.workers])
+            await self.expect_alone(known=[process.pid for process in self.stage.workers])
 
     async def expect_alone(self, *queues: str, known: Collection[int] = ()) -> None:
         """Look whether others than known workers serve; then no death would show anything."""
@@ -587,7 +567,7 @@ class Player:
             return ""
         if await self.server_is_dead():
             return f"no server{hint} server"
-        starting = any(worker.poll() is None for worker in self.stage.workers)
+        starting = any(process.poll() is None for process in self.stage.workers)
         if not starting and not await self.pollers():
             return f"no worker{hint}"
         # In exercise 8 none ships, on purpose.
@@ -651,7 +631,7 @@ class Player:
 
     async def server_is_dead(self) -> bool:
         """Tell whether nothing listens where the server was."""
-        return not await is_listening(self.stage.address)
+        return not await worker.is_listening(self.stage.address)
 
     async def pollers(self, *queues: str) -> list[int]:
         """List the living processes on this machine that ask for work; empty without a server.
@@ -725,7 +705,7 @@ class Player:
         pid = attempts[-1]["worker"] if attempts else min(living, default=0)
         self.show(pid in living, "the worker that has the order is dead, or not on this machine")
         does, is_now = ("kills", "is dead") if hard else ("stops", "has stopped")
-        typed = kill_command(pid) if hard else f"kill -INT {pid}"
+        typed = worker.kill_command(pid) if hard else f"kill -INT {pid}"
         if await self.turn(f"{does} worker {pid}", lambda: not is_process(pid), typed=typed):
             await self.end(pid, hard)
         self.did(f"worker {pid} {is_now}")
@@ -786,7 +766,7 @@ class Player:
     async def start_server(self) -> None:
         """Start the server on the same file."""
         elsewhere, address = f"{command('worker.py')} server", self.stage.address
-        if await self.turn("starts it again", is_listening, address, elsewhere=elsewhere):
+        if await self.turn("starts it again", worker.is_listening, address, elsewhere=elsewhere):
             await self.stage.start_server()
         self.did("the server lives")
         self.note("server", state="lives")
@@ -801,7 +781,7 @@ class Player:
         first, *words = shlex.split(line)
         program, typed = [sys.executable, str(HERE / first)], line.replace(first, command(first), 1)
         if first == "temporal":
-            program, typed = [temporal_binary()], line
+            program, typed = [worker.temporal_binary()], line
         if not sight:
             await self.turn(f"alone runs this:\n{typed}", lambda: False)
         elif not await self.turn("runs this", sight, *given, typed=typed):
@@ -936,7 +916,7 @@ async def run_prompts(_: argparse.Namespace) -> int:
         keyboard, verdicts = Keyboard(), dict[int, str]()
         player = Player(stage, keyboard)
         where = f"server: {stage.address}, namespace {stage.client.namespace}"
-        say(f"{where}, Web UI: {web_ui(stage.address)}")
+        say(f"{where}, Web UI: {worker.web_ui(stage.address)}")
         try:
             with suppress(EOFError):
                 await offer(player, keyboard, verdicts)
@@ -977,8 +957,8 @@ def chosen(text: str) -> int:
 async def run_crash(options: argparse.Namespace) -> int:
     """Play exercises on a stage of our own; exit 0 if all held."""
     rows = []
-    async with private_stage() as stage:
-        say(f"a server of our own at {stage.address}, Web UI: {web_ui(stage.address)}")
+    async with worker.private_stage() as stage:
+        say(f"a server of our own at {stage.address}, Web UI: {worker.web_ui(stage.address)}")
         player = Player(stage)
         for number in options.names or range(len(EXERCISES)):
             claim = f"{number} {NAMES[number]}: {EXERCISES[number].__doc__}"
@@ -1099,12 +1079,12 @@ class Crowd:
     async def treat(self, raw: dict[str, Any], signal_name: str) -> None:
         """Place an order and signal it; call again while the server is down."""
         with suppress(WorkflowAlreadyStartedError):  # by the try before, whose answer was lost
-            await persist(lambda: start(self.stage.client, raw))
+            await worker.persist(lambda: start(self.stage.client, raw))
         if signal_name:
             await asyncio.sleep(1)
             handle = self.stage.client.get_workflow_handle(raw["order_id"])
             try:
-                await persist(lambda: handle.signal(signal_name))
+                await worker.persist(lambda: handle.signal(signal_name))
             except RPCError as error:
                 if error.status != RPCStatusCode.NOT_FOUND:  # too late: the order has ended
                     raise
@@ -1118,7 +1098,7 @@ class Crowd:
             for _ in range(30 if kill % 2 == 0 else 0):
                 rows = store.execute(IN_HAND, time.time() - SLOW_SECONDS)
                 hands = {row["worker"] for row in rows}
-                if busy := [worker for worker in self.stage.workers if worker.pid in hands]:
+                if busy := [process for process in self.stage.workers if process.pid in hands]:
                     break
                 await asyncio.sleep(0.1)
             self.stage.kill_worker(self.random.choice(busy or self.stage.workers))
@@ -1139,7 +1119,7 @@ class Crowd:
 
 async def run_crowd(options: argparse.Namespace) -> int:
     """Run many orders, under kills if asked to; exit 0 if each ended as it may."""
-    async with private_stage() as stage:
+    async with worker.private_stage() as stage:
         return int(await Player(stage).play(Crowd(stage, options).run) != "held")
 
 
@@ -1147,8 +1127,10 @@ async def say_costs(stage: Stage, orders: int) -> None:
     """End the worker, then the server, and say what each has used."""
     if sys.platform == "win32":
         return  # nobody measures it there
-    for worker in list(stage.workers):
-        stage.kill_worker(worker)
+    import resource  # which Windows has not
+
+    for process in list(stage.workers):
+        stage.kill_worker(process)
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     await stage.kill_server()
     total = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -1210,7 +1192,7 @@ def add_orders(commands: Any) -> None:
 
 def parse_arguments() -> argparse.Namespace:
     """Read the command line; `run` is what to do."""
-    parser = Parser(description="Place orders, and crash things on purpose.")
+    parser = worker.Parser(description="Place orders, and crash things on purpose.")
     parser.set_defaults(run=run_prompts)
     commands = parser.add_subparsers(dest="command", title="commands (without one: the exercises)")
     add_orders(commands)
@@ -1233,7 +1215,7 @@ def parse_arguments() -> argparse.Namespace:
 
 async def run(options: argparse.Namespace) -> int:
     """Run one command; Ctrl+C, a plain kill and the end of the terminal cancel it, to clean up."""
-    stopped_by = cancel_on("SIGINT", "SIGTERM", "SIGHUP")
+    stopped_by = worker.cancel_on("SIGINT", "SIGTERM", "SIGHUP")
     try:
         return int(await options.run(options) or 0)
     except asyncio.CancelledError:
@@ -1241,4 +1223,4 @@ async def run(options: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    run_script(lambda: asyncio.run(run(parse_arguments())))
+    worker.run_script(lambda: asyncio.run(run(parse_arguments())))
