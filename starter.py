@@ -20,7 +20,7 @@ import sys
 import textwrap
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager, suppress
 from datetime import timedelta
 from functools import partial
@@ -61,7 +61,8 @@ async def place(options: argparse.Namespace) -> None:
     """Start the workflow, or attach to it if it runs already, and follow it if asked to."""
     raw = {name: value for name, value in vars(options).items() if name in RULES}
     if "simulate" in raw:
-        raw["simulate"] = dict(pair.split("=") for pair in raw["simulate"])
+        pairs = [pair.partition("=") for pair in raw["simulate"]]
+        raw["simulate"] = {step: fault for step, _, fault in pairs}
     alone = options.command == "charge"
     if alone:
         raw |= {"order_id": charge_id(raw), "max_attempts": 0}
@@ -124,7 +125,7 @@ async def temporal(quiet: bool) -> AsyncIterator[Stage]:
 
 
 # The exercises. `t` is the player, the machine or a person; README.md has the words for a person,
-# a **Do.** for each act: kill, start, restart, edit, shell, send, kill_server, start_server.
+# a **Do.** for each act: kill, start, edit, shell, send, kill_server, start_server.
 
 SLOW = {"charge_payment": "slow"}
 # What the ledger must have at an order's end.
@@ -167,7 +168,8 @@ async def no_temporal(t: "Player") -> None:
 async def timer(t: "Player") -> None:
     """A durable wait keeps its deadline while no worker lives."""
     asked = {name: await t.keyboard.prompt(*PROMPTS[name]) for name in PROMPTS if t.keyboard}
-    order = await t.charge(**{"wait_seconds": 5} | asked)
+    asked = {"wait_seconds": 5} | asked
+    order = await t.charge(**asked)
     await t.until("the wait has begun", t.in_history, order, "Wait before the charge")
     await t.kill()
     await t.start()
@@ -175,15 +177,15 @@ async def timer(t: "Player") -> None:
     await t.ends(order, "charged", CHARGED)
     begin, end = await t.in_history(order, "Wait before the charge")
     t.show(started < end, "the wait was over before another worker was started")
-    should, took = t.orders[order]["wait_seconds"], end - begin
+    should, took = asked["wait_seconds"], end - begin
     t.check(took < should + 1.5, f"the wait should take {should:g} s, took {took:.1f} s")
 
 
 async def charge(t: "Player") -> None:
     """A worker ends in the middle of a charge, by Ctrl+C and by kill -9: charged once."""
     for hard in (False, True):
-        if hard:
-            await t.ask("Enter places a second charge: ")
+        if hard and t.keyboard:
+            await t.keyboard.ask("Enter places a second charge: ")
         order = await t.charge(simulate=SLOW)
         await t.until("the provider has charged; its answer, 5 s, is on the way", charged, order)
         await t.kill(hard)
@@ -222,7 +224,7 @@ async def card(t: "Player") -> None:
 
 async def nobody(t: "Player") -> None:
     """Nobody approves: the review's window closes, and the goods are released."""
-    seconds = 10 if t.by_hand else 1
+    seconds = 10 if t.keyboard else 1  # a person needs longer than a machine
     order = await t.place(review="person", review_seconds=seconds)
     await t.ends(order, "EXPIRED", RELEASED, within=seconds + 1)
 
@@ -237,10 +239,8 @@ async def address(t: "Player") -> None:
     said = await t.shell(f"{change} '3 Late Street'")
     t.show("too late, the order is SHIPPING" in said, f"the second change: {said}")
     await t.ends(order, "COMPLETED", ONCE, within=6)
-    changes = [event["address"] for event in store.events_of(order, "update_address")]
-    t.show(changes == ["2 Side Street"], f"it was changed to {changes}")
-    sent = store.events_of(order, "dispatch_carrier")[0]
-    t.check(sent["address"] == changes[0], "sent to 2 Side Street")
+    sent = store.events_of(order, "dispatch_carrier")[0]["address"]
+    t.check(sent == "2 Side Street", "sent to 2 Side Street", f"sent to {sent}")
     order = await t.place_for_review()
     await t.send("cancel", order, "--reason 'changed my mind'")
     await t.ends(order, "CANCELLED", RELEASED, within=1)
@@ -248,7 +248,8 @@ async def address(t: "Player") -> None:
 
 async def shipping(t: "Player") -> None:
     """Without a shipping worker paid orders wait; a carrier that is down undoes its order."""
-    await t.start("orders", restart=True)
+    await t.kill(hard=False)
+    await t.start("orders")
     order = await t.place()
     await t.until("the order is paid; its package waits", t.in_history, order, "ship-")
     await t.expect_alone(SHIPPING_QUEUE)
@@ -270,8 +271,9 @@ async def bug(t: "Player") -> None:
 
 async def server(t: "Player") -> None:
     """The Temporal server dies in the middle of a wait and a charge, and forgets nothing."""
-    waiting = await t.place(wait_seconds=15 if t.by_hand else 3)
-    due = t.since + t.orders[waiting]["wait_seconds"]
+    seconds = 15 if t.keyboard else 3
+    waiting = await t.place(wait_seconds=seconds)
+    due = t.since + seconds
     charging = await t.place(simulate=SLOW)
     await t.until("one order waits, one is being charged", charged, charging)
     await t.kill_server()
@@ -287,7 +289,8 @@ async def deploy(t: "Player") -> None:
     """Changed code must fit the histories of running orders; `patched` makes it fit."""
     order = await t.place_for_review(options=BRIEF)
     await t.edit(CHECKED)
-    await t.start(restart=True)
+    await t.kill(hard=False)
+    await t.start()
     await t.send("approve", order)
     await t.until("the new code does not fit the history", t.in_history, order, "Nondeterminism")
     await t.edit(PATCHED)
@@ -344,7 +347,8 @@ async def points(t: "Player") -> None:
 async def no_key(t: "Player") -> None:
     """The contrast, exercise 2 with a key that changes on each attempt: charged twice."""
     await t.edit(NO_KEY)
-    await t.start(restart=True)
+    await t.kill(hard=False)
+    await t.start()
     order = await t.place(simulate=SLOW)
     await t.until("the provider has charged; its answer, 5 s, is on the way", charged, order)
     await t.kill()
@@ -392,16 +396,12 @@ def begun(order_id: str, type_: str, times: int = 1) -> bool:
     return store.count(order_id, type_) >= times
 
 
-def stands(folder: Path, *texts: str) -> bool:
-    """Tell whether one of these texts stands in the workflows.py there."""
+def edited(folder: Path, change: Edit) -> bool:
+    """Tell whether the workflows.py there is as an edit makes it."""
     script = (folder / "workflows.py").read_text(encoding="utf-8")
-    return any(text in script for text in texts)
-
-
-def is_whole(folder: Path) -> bool:
-    """Tell whether the workflows.py there has no line of exercise 9 or 11, and lacks none."""
-    left = stands(folder, BUG[2], CHECKED[2], PATCH.strip())
-    return not left and stands(folder, ENTER) and stands(folder, REVIEW)
+    if change == AS_IT_WAS:
+        return not any(text in script for text in (BUG[2], CHECKED[2], PATCH))
+    return change[2] in script
 
 
 # The player.
@@ -422,17 +422,16 @@ class Player:
 
     def __init__(self, stage: Stage, keyboard: Keyboard | None = None) -> None:
         self.stage, self.keyboard = stage, keyboard
-        self.by_hand = keyboard is not None  # a person needs longer than a machine
         self.parts: list[str] = []  # what README.md has still to say of the exercise
-        self.orders: dict[str, dict[str, Any]] = {}  # what the exercise placed, by order id
-        self.running: set[str] = set()  # of these, and of earlier ones, what has not ended
-        self.sources: dict[str, str] = {}  # what the exercise edits, as it was at its beginning
+        self.orders: list[str] = []  # what the exercise placed
+        self.earlier: list[str] = []  # what exercises before it placed
         self.since = time.time()  # the last act
         self.screen = Screen()  # which has the exercise's clock
 
     async def play(self, exercise: Exercise, seconds: float | None = None) -> str:
         """Play an exercise; return `held`, `not shown: ...` or `NOT HELD: ...`."""
-        self.orders, self.screen, verdict = {}, Screen(), "held"
+        self.earlier += self.orders
+        self.orders, self.screen, verdict = [], Screen(), "held"
         if exercise in CONTRASTS and self.stage.folder == HERE:
             async with worker.private_stage() as apart:
                 player = Player(apart, self.keyboard)
@@ -448,18 +447,15 @@ class Player:
             verdict = "NOT HELD: not done in time"
         except RPCError as error:
             verdict = f"not shown: {error}"
-        finally:
-            self.screen.clear()
+        self.screen.clear()
         if self.orders and exercise not in CONTRASTS:
             wrong = [line for line in store.audit()[1] if line.split()[0] in self.orders]
             self.tell("audit not clean" if wrong else "audit clean")
             verdict = f"NOT HELD: {'; '.join([*wrong, verdict])}" if wrong else verdict
-        with suppress(TimeoutError, RPCError):
-            async with asyncio.timeout(20):
-                for order_id in () if await self.server_is_dead() else self.orders:
-                    print()
-                    say(order_id)
-                    await worker.persist(partial(signals.show_lanes, self.handle(order_id)))
+        for order_id in self.orders:
+            print()
+            say(order_id)
+            await self.sees(signals.show_lanes, self.handle(order_id))
         say(verdict)
         return verdict
 
@@ -468,11 +464,10 @@ class Player:
         if self.stage.ours:
             for process in list(self.stage.workers):
                 self.stage.kill_worker(process)
-                self.note("killed", worker=process.pid)
             if await self.server_is_dead():
                 await self.stage.start_server()
             assert self.stage.logs
-            self.stage.code, self.sources = self.stage.logs.with_name("code"), {}
+            self.stage.code = self.stage.logs.with_name("code")
             self.stage.code.mkdir(exist_ok=True)
             for script in HERE.glob("*.py"):
                 shutil.copy2(script, self.stage.code)
@@ -480,11 +475,12 @@ class Player:
         # One that was killed a moment ago could be given the next task; it would take 10 s to see.
         await self.until("a worker is there", self.served)
         if self.stage.ours:
-            await self.expect_alone(known=[process.pid for process in self.stage.workers])
+            await self.expect_alone()
 
-    async def expect_alone(self, *queues: str, known: Collection[int] = ()) -> None:
-        """Look whether others than known workers serve; then no death would show anything."""
-        others = ", ".join(str(pid) for pid in await self.pollers(*queues) if pid not in known)
+    async def expect_alone(self, *queues: str) -> None:
+        """Look whether workers that are not ours serve; then no death would show anything."""
+        ours = [process.pid for process in self.stage.workers]
+        others = ", ".join(str(pid) for pid in await self.pollers(*queues) if pid not in ours)
         self.show(not others, f"worker {others}, which nobody thought of, serves too: stop it")
 
     def tell(self, words: str) -> None:
@@ -494,8 +490,9 @@ class Player:
 
     def note(self, type_: str, **payload: Any) -> None:
         """Note for the picture what befell the orders that have not ended."""
-        for order_id in self.running:
-            store.note(order_id, type_, payload)
+        for order_id in self.orders:
+            if not store.events_of(order_id, "outcome"):
+                store.note(order_id, type_, payload)
 
     # What an exercise places.
 
@@ -503,17 +500,14 @@ class Player:
         """Place an order and return its id."""
         raw = PATIENT | {"order_id": f"order-{token_hex(4)}"} | fields
         await start(self.stage.client, raw, **options or {})
-        order_id = str(raw["order_id"])
-        self.orders[order_id] = raw
-        self.running.add(order_id)
-        self.did(f"{order_id} is placed")
-        return order_id
+        self.orders.append(str(raw["order_id"]))
+        self.did(f"{self.orders[-1]} is placed")
+        return self.orders[-1]
 
     async def place_for_review(self, **fields: Any) -> str:
         """Place an order that waits for a person."""
         order = await self.place(review="person", review_seconds=600, **fields)
         await self.until("the order waits for you", self.in_history, order, "Review by person")
-        self.expect_known(order)
         return order
 
     async def charge(self, **fields: Any) -> str:
@@ -530,34 +524,23 @@ class Player:
             # After the most that a charge may be, the least.
             fields["amount_cents"] = fields["amount_cents"] % 100_000_000 + 1
 
-    async def ask(self, question: str) -> str:
-        """Let a person answer; q and the end of input leave."""
-        return await self.keyboard.ask(question) if self.keyboard else ""
-
     # What is seen.
 
-    async def until(self, words: str, sight: Sight, *given: Any) -> None:
-        """Wait until something is seen, and tell it."""
-        await self.wait(words, sight, *given)
-        self.tell(words)
-
-    async def wait(self, words: str, sight: Sight, *given: Any) -> Any:
-        """Wait until something is seen, and say for what; return it. Not after the orders' end."""
-        patience = time.monotonic() + 1
+    async def until(self, words: str, sight: Sight, *given: Any) -> Any:
+        """Wait until something is seen, tell it and return it. Not after the orders' end."""
+        patience = time.monotonic() + 1.5  # a server that has just started lists no workers yet
         while True:
             over = await self.over()  # asked first: a look after that sees all there will be
             if seen := await self.sees(sight, *given):
+                self.tell(words)
                 return seen
             self.show(not over, f"{over} without it: {words}")
-            code = self.stage.workers[-1].poll() if self.stage.workers else None
-            failed = code in (1, 2) or (code is not None and not self.orders)
+            failed = any(process.poll() in (1, 2) for process in self.stage.workers)
             self.show(not failed, f"no worker can start: {self.stage.last_words()}")
             if self.keyboard:
                 await self.keyboard.overhear()
             if time.monotonic() > patience:
-                # A server that has just started does not list the workers yet.
-                trouble = await self.trouble() if time.time() > self.since + 2 else ""
-                self.screen.show(trouble or f"waiting until {words}")
+                self.screen.show(await self.trouble() or f"waiting until {words}")
             await asyncio.sleep(0.1)
 
     async def trouble(self) -> str:
@@ -568,12 +551,10 @@ class Player:
         if await self.server_is_dead():
             return f"no server{hint} server"
         starting = any(process.poll() is None for process in self.stage.workers)
-        if not starting and not await self.pollers():
-            return f"no worker{hint}"
-        # In exercise 8 none ships, on purpose.
-        for queue in () if starting else QUEUES[: 1 if self.orders else 2]:
-            if not await self.pollers(queue):
-                return f"no worker serves {queue}{hint} {queue.removesuffix('-tq')}"
+        missing = [queue for queue in QUEUES if not await self.pollers(queue)]
+        if missing and not starting:
+            only = "" if missing == list(QUEUES) else f" {missing[0].removesuffix('-tq')}"
+            return f"no worker serves {' and '.join(missing)}{hint}{only}"
         for order_id in self.orders:
             if why := await self.sees(signals.code_failure, self.handle(order_id)):
                 return f"the workflow's code fails: {why}"
@@ -582,19 +563,17 @@ class Player:
     async def sees(self, sight: Sight, *given: Any) -> Any:
         """Look, while the server may be dead or about to die; return what there is to see."""
         with suppress(OSError, RPCError):  # it takes too long; a file is being saved
-            # On Windows each worker that is listed takes a command to look at.
-            async with asyncio.timeout(3 if os.name == "nt" else 1.5):
+            async with asyncio.timeout(2):
                 seen = sight(*given)
                 return await seen if inspect.isawaitable(seen) else seen
         return None
 
     async def over(self) -> str:
         """Tell how the newest order ended, if all have, so that nothing more can come of them."""
-        if not self.orders or await self.server_is_dead():  # to see that would take 1.5 s
+        if not self.orders or await self.server_is_dead():  # to see that would take 2 s
             return ""
-        ends = {order_id: await self.sees(self.end_of, order_id) for order_id in self.orders}
-        newest = list(ends)[-1]
-        return f"{newest} ended {ends[newest]}" if all(ends.values()) else ""
+        ends = [await self.sees(self.end_of, order_id) for order_id in self.orders]
+        return f"{self.orders[-1]} ended {ends[-1]}" if all(ends) else ""
 
     def handle(self, order_id: str) -> signals.Handle:
         """Get at an order's newest run."""
@@ -605,15 +584,10 @@ class Player:
         try:
             status = (await self.handle(order_id).describe()).status
         except RPCError as error:
-            known = error.status != RPCStatusCode.NOT_FOUND
-            self.show(known, f"the server does not know {order_id}: is it on another file?")
+            if error.status == RPCStatusCode.NOT_FOUND:
+                return "unknown to the server: is it on another file?"
             raise
-        if status == signals.RUNNING:
-            self.running.add(order_id)  # once more, after a reset
-            return ""
-        self.running.discard(order_id)
-        self.expect_known(order_id)
-        return await end_of(self.handle(order_id))
+        return "" if status == signals.RUNNING else await end_of(self.handle(order_id))
 
     async def in_history(self, order_id: str, words: str) -> list[float]:
         """Find when events came of which `signals.py history` tells these words, as Unix times."""
@@ -650,30 +624,31 @@ class Player:
                 found |= {int(pid) for pid, _, host in names if host == here and pid.isdigit()}
         return sorted(pid for pid in found if is_process(pid))
 
-    async def served(self, role: str = "all", gone: Collection[int] = ()) -> bool:
-        """Tell whether each queue of a role has a worker, and those that had to go are gone."""
-        queues = {"orders": QUEUES[:1], "shipping": QUEUES[1:]}.get(role, QUEUES)
-        serve = [await self.pollers(queue) for queue in queues]
-        return all(serve) and not any(map(is_process, gone))
+    async def served(self, role: str = "all") -> bool:
+        """Tell whether each task queue of a role has a worker."""
+        queues = [queue for queue in QUEUES if role in ("all", queue.removesuffix("-tq"))]
+        return all([await self.pollers(queue) for queue in queues])
 
     # What is done. Each act asks for its turn, which is one **Do.** of README.md.
 
     async def turn(
-        self, enter: str, done: Sight, *given: Any, typed: str = "", elsewhere: str = ""
+        self, what: str, done: Sight, *given: Any, typed: str = "", hands: bool = False
     ) -> bool:
-        """Tell whether we are to do what comes next: the machine always, for a person at Enter.
+        """Tell whether an act is ours to do: it is the machine's always, for a person at Enter.
 
-        False once it is seen done elsewhere: `typed` may be typed there; `elsewhere` must be done
-        there, if the stage is not ours.
+        False once it is seen done elsewhere, as by what may be typed there. `hands`: it must be
+        done there, if the stage is not ours.
         """
         if not self.keyboard:
             return True
-        ours = self.stage.ours or not elsewhere
+        if self.stage.ours and hands:
+            hands, typed = False, ""
         self.say_part()  # Do.
-        told = f"{'':10}Enter {enter}" if ours else f"{'':10}Now: {elsewhere}"
+        told = f"{'':10}{'Now' if hands else 'Enter to'} {what}"
         if typed:
-            short = len(told + typed) < 60  # a longer command stands alone, for copying
-            told += f" (or: {typed})" if short else f", or you elsewhere:\n{typed}"
+            short = len(told + typed) < 72  # a longer command stands alone, for copying
+            elsewhere = typed if hands else f"or: {typed}"
+            told += f" ({elsewhere})" if short else f":\n{typed}"
         await self.keyboard.overhear()
         print(told, flush=True)
         hurry = not await self.over()  # before the orders end
@@ -682,11 +657,10 @@ class Player:
             if await self.sees(done, *given):
                 return False
             self.show(not over, f"too late: {over} before that")
-            line = await self.keyboard.line(0.2)
-            if line is not None and ours:
-                return True
-            if line is not None:
-                say(f"{'':10}this is not done yet: {elsewhere}", indent=10)
+            if await self.keyboard.line(0.2) is not None:
+                if not hands:
+                    return True
+                self.tell("this is not done yet")
 
     def say_part(self) -> None:
         """Print the next paragraph of README.md, as far as it is for so many terminals."""
@@ -699,74 +673,56 @@ class Player:
         self.since = time.time()
 
     async def kill(self, hard: bool = True) -> None:
-        """Kill the worker that has the newest order, or stop it, as Ctrl+C does."""
-        living = await self.pollers()
-        attempts = store.events_of(list(self.orders)[-1], "charge_payment")
-        pid = attempts[-1]["worker"] if attempts else min(living, default=0)
-        self.show(pid in living, "the worker that has the order is dead, or not on this machine")
-        does, is_now = ("kills", "is dead") if hard else ("stops", "has stopped")
+        """Kill the worker that serves orders, or stop it, as Ctrl+C does."""
+        pids = await self.pollers(ORDERS_QUEUE)
+        self.show(bool(pids), "the worker is dead already, or not on this machine")
+        pid = min(pids, default=0)
+        does, is_now = ("kill", "is dead") if hard else ("stop", "has stopped")
         typed = worker.kill_command(pid) if hard else f"kill -INT {pid}"
         if await self.turn(f"{does} worker {pid}", lambda: not is_process(pid), typed=typed):
-            await self.end(pid, hard)
+            if not self.keyboard:  # what it was doing takes some room in the picture
+                await asyncio.sleep(1)
+            with suppress(ProcessLookupError):
+                os.kill(pid, getattr(signal, "SIGKILL", signal.SIGTERM) if hard else signal.SIGINT)
+                if hasattr(signal, "SIGCONT"):  # Ctrl+Z has only halted it
+                    os.kill(pid, signal.SIGCONT)
+            while is_process(pid):
+                await asyncio.sleep(0.02)
         self.did(f"worker {pid} {is_now}")
         self.note("killed" if hard else "stopped", worker=pid)
         await self.expect_alone()
 
-    async def end(self, pid: int, hard: bool) -> None:
-        """Kill a process, or stop it as Ctrl+C does, and wait for its end."""
-        if not self.by_hand:  # what it was doing takes some room in the picture
-            await asyncio.sleep(1)
-        with suppress(ProcessLookupError):
-            os.kill(pid, getattr(signal, "SIGKILL", signal.SIGTERM) if hard else signal.SIGINT)
-            if hasattr(signal, "SIGCONT"):  # Ctrl+Z has only halted it
-                os.kill(pid, signal.SIGCONT)
-        while is_process(pid):
-            await asyncio.sleep(0.02)
-
-    async def start(self, role: str = "all", restart: bool = False) -> None:
-        """Start a worker; restart: when all others are stopped, as by Ctrl+C."""
-        to_stop = await self.pollers() if restart else []
-        only = "" if role == "all" else f" {role}"
-        enter, elsewhere = f"starts another{only} worker", command("worker.py") + only
-        if to_stop:
-            enter = "restarts the worker" + (f", for{only} only" if only else "")
-            elsewhere = f"Ctrl+C on worker {', '.join(map(str, to_stop))}, then {elsewhere}"
-        if await self.turn(enter, self.served, role, to_stop, elsewhere=elsewhere):
-            for pid in to_stop:
-                await self.end(pid, hard=False)
+    async def start(self, role: str = "all") -> None:
+        """Start a worker, of all task queues or one."""
+        what = "start another worker" if role == "all" else f"start a worker for {role} only"
+        typed = f"{command('worker.py')} {role}"
+        if await self.turn(what, self.served, role, typed=typed, hands=True):
             self.stage.start_worker(role)
         self.did("a new worker starts")
-        for pid in to_stop:
-            self.note("stopped", worker=pid)
 
     async def edit(self, change: Edit) -> None:
         """Change a line of our scripts: in the copy that our worker runs, or by hand."""
         file, text, instead = change
-        enter, done = f"changes {file}, in a copy", f"{file} is changed"
-        seen = partial(stands, self.stage.code, instead)
-        if change == AS_IT_WAS:
-            enter, done = "undoes the change", f"{file} is as it was"
-            seen = partial(is_whole, self.stage.code)
-        if await self.turn(enter, seen, elsewhere=f"edit {file} and save it"):
-            copied = self.stage.code / file
-            source = self.sources.setdefault(file, copied.read_text(encoding="utf-8"))
-            copied.write_text(source.replace(text, instead), encoding="utf-8")
-        self.did(done)
+        what = f"change {file}" if instead else f"undo the change of {file}"
+        if await self.turn(what, edited, self.stage.code, change, hands=True):
+            source = (HERE / file).read_text(encoding="utf-8")
+            changed = source.replace(text, instead)
+            (self.stage.code / file).write_text(changed, encoding="utf-8")
+        self.did(f"done: {what}")
 
     async def kill_server(self) -> None:
         """Kill the server."""
-        elsewhere = "Ctrl+C in its terminal, or kill -9 and the pid that it printed"
-        if await self.turn("kills the server", self.server_is_dead, elsewhere=elsewhere):
+        if await self.turn("kill the server", self.server_is_dead, hands=True):
             await self.stage.kill_server()
         self.did("the server is dead; the worker keeps asking")
         self.note("server", state="dead")
-        if not self.by_hand:  # so that the outage takes some room in the picture
+        if not self.keyboard:  # so that the outage takes some room in the picture
             await asyncio.sleep(1)
 
     async def start_server(self) -> None:
         """Start the server on the same file."""
-        elsewhere, address = f"{command('worker.py')} server", self.stage.address
-        if await self.turn("starts it again", worker.is_listening, address, elsewhere=elsewhere):
+        seen, typed = partial(worker.is_listening, self.stage.address), command("worker.py")
+        if await self.turn("start it again", seen, typed=f"{typed} server", hands=True):
             await self.stage.start_server()
         self.did("the server lives")
         self.note("server", state="lives")
@@ -777,29 +733,24 @@ class Player:
         await self.shell(line, self.in_history, order_id, f"signal {verb} comes")
 
     async def shell(self, line: str, sight: Sight | None = None, *given: Any) -> str:
-        """Run a command and return what it said; a sight tells if it was run elsewhere."""
+        """Run a command and return what it said; the sight tells if it was run elsewhere.
+
+        A refusal has no sight: nobody sees it but who is refused.
+        """
         first, *words = shlex.split(line)
         program, typed = [sys.executable, str(HERE / first)], line.replace(first, command(first), 1)
         if first == "temporal":
             program, typed = [worker.temporal_binary()], line
-        if not sight:
-            await self.turn(f"alone runs this:\n{typed}", lambda: False)
-        elif not await self.turn("runs this", sight, *given, typed=typed):
-            self.did("it is done")
-            return ""
-        worked, said = await self.run(*program, *words)
-        self.show(worked or not sight, said)
+        said = "it is done"
+        if await self.turn("run this", sight or (lambda: False), *given, typed=typed):
+            pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+            environment = self.stage.environment() if self.stage.ours else None
+            program += words
+            process = await asyncio.create_subprocess_exec(*program, env=environment, **pipes)
+            said = (await process.communicate())[0].decode().strip() or said
+            self.show(not sight or process.returncode == 0, said)
         self.did(said.splitlines()[-1])
         return said
-
-    async def run(self, *words: str) -> tuple[bool, str]:
-        """Run a command; tell whether it worked, and what it said."""
-        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        pipes |= {"stdin": subprocess.DEVNULL}
-        pipes |= {"env": self.stage.environment()} if self.stage.ours else {}
-        process = await asyncio.create_subprocess_exec(*words, **pipes)
-        said = (await process.communicate())[0].decode().strip()
-        return process.returncode == 0, said or "it is done"
 
     # What must be true.
 
@@ -810,9 +761,8 @@ class Player:
 
         `effects` are what the ledger must show, `asked` the least requests of a kind.
         """
-        should = f"; it should take {within:g} s" if within else ""
-        result = await self.wait(f"{order_id} ends{should}", self.end_of, order_id)
-        self.check(result == end, f"{order_id} has ended: {end}", f"{order_id} ended {result}")
+        should = f", which should take {within:g} s" if within else ""
+        result = await self.until(f"{order_id} has ended{should}", self.end_of, order_id)
         for _ in range(100):  # 10 s: what comes late comes within 5
             rows = store.effects_of(order_id)
             fit = sorted(f"{row['kind']} {row['status']}" for row in rows) == sorted(effects)
@@ -820,20 +770,16 @@ class Player:
             if fit and not rare:
                 break
             await asyncio.sleep(0.1)
-        ledger = "; ".join(store.proof(row) for row in rows)
-        if not fit:
-            raise Verdict(f"NOT HELD: the ledger has {ledger}, should be: {', '.join(effects)}")
+        ledger = "; ".join(store.proof(row) for row in rows) or "nothing"
+        took = time.time() - self.since
+        # A person may be away; a machine, even a busy one, is that slow only if something hangs.
+        in_time = self.keyboard or not within or took < within + 15
+        told = f"{order_id} ended {result} after {took:.1f} s, the ledger has {ledger}"
+        must = f"{end} with {', '.join(effects)}" + (f" within {within:g} s" if within else "")
+        if result != end or not fit or not in_time:
+            raise Verdict(f"NOT HELD: {told}, should be: {must}")
         self.show(not rare, f"a provider was not asked again: {ledger}")
-        if within:  # what hangs takes much longer than it should
-            took = time.time() - self.since
-            slower = ", slower: perhaps a busy machine" if took > within else ""
-            told = f"should take {within:g} s, took {took:.1f} s{slower}"
-            self.check(self.by_hand or took < within + 15, told)
-
-    def expect_known(self, order_id: str) -> None:
-        """Look whether our ledger, which must be the worker's too, knows what was done."""
-        known = store.execute("SELECT 1 FROM events WHERE order_id = ? AND attempt", order_id)
-        self.show(bool(known), f"{store.store_path()} does not know it: which has the worker?")
+        self.tell(f"{end}, {took:.1f} s after the last act")
 
     def check(self, held: bool, words: str, instead: str = "") -> None:
         """Tell what is as it must be, or end the exercise with what is there instead."""
@@ -850,57 +796,69 @@ class Player:
 # A person's lesson.
 
 
-async def offer(player: Player, keyboard: Keyboard, verdicts: dict[int, str]) -> None:
-    """Offer the exercises and lead through them until the person leaves."""
+async def run_prompts(_: argparse.Namespace) -> None:
+    """Lead through the exercises until the person leaves; exit 1 if one did not hold."""
+    unheld = set[int]()
+    async with temporal(quiet=True) as stage:
+        where = f"server: {stage.address}, namespace {stage.client.namespace}"
+        say(f"{where}, Web UI: {worker.web_ui(stage.address)}")
+        keyboard, number = Keyboard(), 1
+        player = Player(stage, keyboard)
+        try:
+            with suppress(EOFError):
+                while True:
+                    default = str(say_menu(number))
+                    number = await keyboard.prompt("Number, name, or q", default, chosen)
+                    unheld.add(number)
+                    if await lead(player, keyboard, number) == "held":
+                        unheld.discard(number)
+        finally:
+            await goodbye(player)
+    if unheld:
+        sys.exit(f"not held: {', '.join(NAMES[n] for n in sorted(unheld))}")
 
-    def read(text: str) -> int | None:
-        return None if text == "?" else chosen(text)
 
-    number, choice = following(0), None
-    while True:
-        if choice is None:
-            for n, (title, _) in sections().items():
-                say(f"{'x' if n in held() else ' '} {n:2}  {title}")
-        warn_of_edits()
-        choice = await keyboard.prompt("Number, name, ? for the list, or q", str(number), read)
-        if choice is not None:
-            await lead(player, choice, verdicts)
-            number = following(choice) if verdicts[choice] == "held" else choice
-            all_done = " ".join(map(str, sorted(held()))) or "none"
-            say(f"done: {all_done} · next: {number} {NAMES[number]}")
+def say_menu(number: int) -> int:
+    """List the exercises, with an x at those that held in this ledger; return the one to offer.
+
+    From this number on it is the first that has not held yet, or 1.
+    """
+    held = {note["number"] for note in store.events_of("the exercises", "held")}
+    for n, (title, _) in sections().items():
+        say(f"{'x' if n in held else ' '} {n:2}  {title}")
+    around = [(number + n) % len(EXERCISES) for n in range(len(EXERCISES))]
+    return next((n for n in around if n not in held), 1)
 
 
-async def lead(player: Player, number: int, verdicts: dict[int, str]) -> None:
-    """Lead through an exercise: predict, do, see, explain."""
-    verdicts[number] = "you left before its end"
+async def lead(player: Player, keyboard: Keyboard, number: int) -> str:
+    """Lead through an exercise: predict, do, see, explain; return its verdict."""
     title, text = sections()[number]
     player.parts = f"\nExercise {number}: {title}\n{text}".split("\n\n")
     player.say_part()  # what it is about
     player.say_part()  # Predict.
-    if EXERCISES[number] is not timer:  # which asks for its amount first
-        await player.ask("Enter begins: ")
-    verdicts[number] = await player.play(EXERCISES[number])
-    if verdicts[number] != "held":
-        say("So there is nothing to explain yet: it is offered again.")
-        return
-    store.note("the exercises", "held", {"number": number})  # which is no order's id
-    player.say_part()  # Observe.
-    await player.ask("Enter goes on: ")
-    player.say_part()  # Explain.
+    await keyboard.ask("Enter begins: ")
+    verdict = await player.play(EXERCISES[number])
+    if verdict == "held":
+        store.note("the exercises", "held", {"number": number})  # which is no order's id
+        player.say_part()  # Observe.
+        await keyboard.ask("Enter goes on: ")
+        player.say_part()  # Explain.
+    else:
+        say("So there is nothing to explain yet: try it again.")
+    await keyboard.ask("Enter: the menu ")
+    return verdict
 
 
 async def goodbye(player: Player) -> None:
-    """Say which orders still run and what becomes of them, and what is still edited."""
+    """Say which orders still run and what becomes of them."""
     print()  # Ctrl+C and Ctrl+D end no line
-    with suppress(TimeoutError, Verdict):
-        async with asyncio.timeout(1):
-            await asyncio.gather(*(player.sees(player.end_of, id_) for id_ in player.running))
-    kept = f"{', '.join(sorted(player.running))}: not done yet"
-    if player.running and player.stage.ours:
-        say(f"{kept}, and kept in temporal.db; the next start goes on with it")
-    elif player.running:
-        say(f"{kept}; to end one: temporal workflow cancel -w ID")
-    warn_of_edits()
+    placed = player.earlier + player.orders
+    ends = await asyncio.gather(*(player.sees(player.end_of, order_id) for order_id in placed))
+    left = ", ".join(order_id for order_id, end in zip(placed, ends, strict=True) if not end)
+    if left and player.stage.ours:
+        say(f"{left}: not done yet, and kept in temporal.db; the next start goes on with it")
+    elif left:
+        say(f"{left}: not done yet; to end one: temporal workflow cancel -w ID")
 
 
 def sections() -> dict[int, tuple[str, str]]:
@@ -908,41 +866,6 @@ def sections() -> dict[int, tuple[str, str]]:
     readme = (HERE / "README.md").read_text(encoding="utf-8").replace("**", "").replace("`", "")
     found = re.finditer(r"(?ms)^### Exercise (\d+): ([^\n]*)\n(.*?)(?=^##)", readme)
     return {int(m[1]): (m[2], m[3].strip()) for m in found}
-
-
-async def run_prompts(_: argparse.Namespace) -> int:
-    """Lead through the exercises until the person leaves; exit 1 if one did not hold."""
-    async with temporal(quiet=True) as stage:
-        keyboard, verdicts = Keyboard(), dict[int, str]()
-        player = Player(stage, keyboard)
-        where = f"server: {stage.address}, namespace {stage.client.namespace}"
-        say(f"{where}, Web UI: {worker.web_ui(stage.address)}")
-        try:
-            with suppress(EOFError):
-                await offer(player, keyboard, verdicts)
-        finally:
-            await goodbye(player)
-        failed = [(n, verdict) for n, verdict in verdicts.items() if verdict != "held"]
-        for number, verdict in failed:
-            say(f"exercise {number}: {verdict}")
-        return 1 if failed else 0
-
-
-def warn_of_edits() -> None:
-    """Warn if exercise 9 or 11 has left a line in workflows.py, or has taken one along."""
-    if not is_whole(HERE):
-        say("workflows.py still has a line of exercise 9 or 11, or lacks one: orders stop there")
-
-
-def held() -> set[int]:
-    """Read which exercises have held in this ledger."""
-    return {note["number"] for note in store.events_of("the exercises", "held")}
-
-
-def following(number: int) -> int:
-    """Find the next exercise that has not held yet; 1 if there is none."""
-    around = [(number + n) % len(EXERCISES) for n in range(1, len(EXERCISES) + 1)]
-    return next((n for n in around if n not in held()), 1)
 
 
 def chosen(text: str) -> int:
@@ -1000,8 +923,7 @@ SELECT order_id FROM charges WHERE status = 'charged' GROUP BY order_id HAVING c
 # Workers in whose hands a charge or a dispatch is that the provider has done, asked once so far.
 IN_HAND = """
 SELECT json_extract(payload_json, '$.worker') AS worker FROM events JOIN effects USING (order_id)
-WHERE attempt > 0 AND json_extract(payload_json, '$.ended') IS NULL AND events.ts > ?
-AND requests = 1
+WHERE json_extract(payload_json, '$.ended') IS NULL AND requests = 1
 AND (type, kind) IN (VALUES ('charge_payment', 'charge'), ('dispatch_carrier', 'dispatch'))
 """
 
@@ -1023,8 +945,8 @@ class Crowd:
         """Place the orders, kill between them, wait for all to end, and look how they did."""
         if self.options.kills:
             self.stage.start_worker()  # a second one
-        # A second an order is ten times what it costs; each kill waits up to 5.5 s for its moment.
-        seconds = 120 + self.options.orders + 2 * self.options.wait_seconds + 8 * self.options.kills
+        # A second an order is ten times what it costs; a kill and what follows take up to 5 s.
+        seconds = 120 + self.options.orders + 2 * self.options.wait_seconds + 5 * self.options.kills
         try:
             async with asyncio.timeout(seconds), asyncio.TaskGroup() as jobs:
                 jobs.create_task(self.place_all())
@@ -1052,11 +974,14 @@ class Crowd:
         wrong += store.audit()[1]
         told = f"{len(wrong)} are wrong: {'; '.join(wrong[:10])}"
         t.check(not wrong, "no order lost, each ended as it may, audit clean", told)
-        asked_again = not self.options.kills or store.execute(ASKED_AGAIN)
-        t.show(bool(asked_again), "no provider was asked more than once")
+        if self.options.kills:
+            t.show(bool(store.execute(ASKED_AGAIN)), "no provider was asked more than once")
 
     async def watch(self, screen: Screen) -> None:
-        """Tell how it goes until all is done, and replace a worker that has died."""
+        """Tell how it goes until all is done, and replace a worker that has died.
+
+        That may exit, which in a task of its own would end in a traceback.
+        """
         while self.killed < self.options.kills or len(store.execute(OUTCOMES)) < len(self.drawn):
             self.stage.revive()
             screen.show(self.line())
@@ -1090,18 +1015,15 @@ class Crowd:
                     raise
 
     async def kill_some(self) -> None:
-        """Kill a worker now and then, every other one in a charge or a dispatch; the server too."""
-        for kill in range(self.options.kills):
+        """Kill a worker now and then, in a charge or a dispatch if one is; the server too."""
+        while self.killed < self.options.kills:
             await asyncio.sleep(self.random.uniform(0.5, 2.5))
-            self.stage.revive()  # only who lives can be killed
-            busy: list[subprocess.Popen[bytes]] = []
-            for _ in range(30 if kill % 2 == 0 else 0):
-                rows = store.execute(IN_HAND, time.time() - SLOW_SECONDS)
-                hands = {row["worker"] for row in rows}
-                if busy := [process for process in self.stage.workers if process.pid in hands]:
-                    break
-                await asyncio.sleep(0.1)
-            self.stage.kill_worker(self.random.choice(busy or self.stage.workers))
+            hands = {row["worker"] for row in store.execute(IN_HAND)}
+            living = [process for process in self.stage.workers if process.poll() is None]
+            aimed = [process for process in living if process.pid in hands]
+            if not living:
+                continue  # until watch() has replaced them
+            self.stage.kill_worker(self.random.choice(aimed or living))
             self.stage.start_worker()
             self.killed += 1
             if self.killed % 5 == 0:
@@ -1158,8 +1080,6 @@ PROMPTS: dict[str, tuple[str, str, Callable[[str], Any]]] = {
     "wait_seconds": ("Wait seconds", "10", partial(take, float, *ACT_IN)),
 }
 given = partial(take, str, bool, "must not be empty")  # which is not the same as missing
-known_faults = [f"{step}={name}" for step in STEPS for name in FAULTS]
-fault = partial(take, str, known_faults.__contains__, "must be STEP=FAULT with names from --help")
 
 
 def add_orders(commands: Any) -> None:
@@ -1179,7 +1099,7 @@ def add_orders(commands: Any) -> None:
         sub.add_argument("--customer-id", help="default customer-123")
         sub.add_argument("--amount", dest="amount_cents", type=cents, help="default 99.99")
         sub.add_argument("--wait", dest="wait_seconds", type=float, help="seconds; default 0")
-        sub.add_argument("--simulate", type=fault, action="append", metavar="STEP=FAULT")
+        sub.add_argument("--simulate", action="append", metavar="STEP=FAULT")
         sub.add_argument("--wait-result", action="store_true", help="follow it to its end")
     order.add_argument("--payment-id", type=given, help="default pay-<order id>")
     order.add_argument("--address", help="default 1 Main Street")
