@@ -945,8 +945,8 @@ class Crowd:
         """Place the orders, kill between them, wait for all to end, and look how they did."""
         if self.options.kills:
             self.stage.start_worker()  # a second one
-        # A second an order is ten times what it costs; a kill and what follows take up to 5 s.
-        seconds = 120 + self.options.orders + 2 * self.options.wait_seconds + 5 * self.options.kills
+        # A second an order is ten times what it costs; each kill waits up to 5.5 s for its moment.
+        seconds = 120 + self.options.orders + 2 * self.options.wait_seconds + 8 * self.options.kills
         try:
             async with asyncio.timeout(seconds), asyncio.TaskGroup() as jobs:
                 jobs.create_task(self.place_all())
@@ -1015,12 +1015,15 @@ class Crowd:
                     raise
 
     async def kill_some(self) -> None:
-        """Kill a worker now and then, in a charge or a dispatch if one is; the server too."""
+        """Kill a worker now and then, every other one in a charge or a dispatch; the server too."""
         while self.killed < self.options.kills:
             await asyncio.sleep(self.random.uniform(0.5, 2.5))
-            hands = {row["worker"] for row in store.execute(IN_HAND)}
-            living = [process for process in self.stage.workers if process.poll() is None]
-            aimed = [process for process in living if process.pid in hands]
+            for _ in range(30 if self.killed % 2 == 0 else 1):
+                await asyncio.sleep(0.1)
+                hands = {row["worker"] for row in store.execute(IN_HAND)}
+                living = [process for process in self.stage.workers if process.poll() is None]
+                if aimed := [process for process in living if process.pid in hands]:
+                    break
             if not living:
                 continue  # until watch() has replaced them
             self.stage.kill_worker(self.random.choice(aimed or living))
