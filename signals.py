@@ -476,7 +476,7 @@ def read_events(history: Iterable[Any]) -> list[Event]:
         elif kind == "WORKFLOW_TASK_FAILED" and a.cause == OVERTAKEN:
             kind = "WORKFLOW_TASK_OVERTAKEN"
         at, name = event.event_time.ToNanoseconds() / 1e9, names.get(begun, "")
-        pid = getattr(a, "identity", "").partition("@")[0]
+        pid = getattr(a, "identity", "").partition("@")[0] if "_TASK_" in kind else ""
         events.append(Event(kind, at, a, begun, name, f"worker {pid}" if pid else ""))
     return events
 
@@ -514,7 +514,6 @@ async def show_lanes(handle: Handle) -> None:
 # An order's life as lanes: Temporal's, and one for each worker, over time.
 
 LABEL = 15  # columns for a lane's name
-TICKS = [n * unit for unit in (0.001, 0.01, 0.1, 1, 10, 60, 600, 3600) for n in (1, 2, 5)]
 MARKS = {
     "X": "its worker died",
     "x": "failed",
@@ -529,9 +528,8 @@ MARKS = {
 }
 RANK = " -=~.|>!/?xX"  # where two characters meet, the latter is drawn
 WAITS = ("TIMER_STARTED", "CHILD_WORKFLOW_EXECUTION_STARTED")
-MESSAGES = ("SIGNALED", "UPDATE_ACCEPTED", "CANCEL_REQUESTED", "STARTED")
-MOMENTS = {"WORKFLOW_TASK_COMPLETED": "-", "WORKFLOW_TASK_FAILED": "?"}
-MOMENTS |= dict.fromkeys(MESSAGES, "!") | {"STARTED": " "}  # where time begins
+MOMENTS = {"STARTED": " ", "WORKFLOW_TASK_COMPLETED": "-", "WORKFLOW_TASK_FAILED": "?"}
+MOMENTS |= {"SIGNALED": "!", "UPDATE_ACCEPTED": "!", "CANCEL_REQUESTED": "!"}
 DEATHS = {"killed": "X", "stopped": "/"}  # events of who ends workers, with the worker's pid
 
 
@@ -549,58 +547,57 @@ class Bar:
 def find_bars(events: list[Event], rows: list[dict[str, Any]], now: float) -> list[Bar]:
     """Find what is to be drawn in an order's history and in its events in the ledger."""
     ended = events[-1].kind in WorkflowExecutionStatus.__members__
-    end, mark = (events[-1].at, "|") if ended else (now, ">")
+    until, mark = (events[-1].at, "|") if ended else (now, ">")
     bars: list[Bar] = []
     waits: dict[int, Bar] = {}  # by the id of the event that began them
     for event in events:
-        lane = "Temporal" if event.kind in MESSAGES else event.worker
         if event.kind in WAITS and event.name != "Deadline":
             # A child is called by the first word of its id, ship-<order id>.
             name = event.name.partition("-")[0]
-            waits[event.begun] = Bar("Temporal", event.at, end, mark, name)
+            waits[event.begun] = Bar("Temporal", event.at, until, mark, name)
         elif event.begun in waits:
             waits[event.begun].end, waits[event.begun].mark = event.at, "|"
-        elif event.kind in MOMENTS and lane:
+        elif event.kind in MOMENTS:
+            lane = event.worker or "Temporal"
             bars.append(Bar(lane, event.at, event.at, MOMENTS[event.kind]))
-    bars += waits.values()
-    return bars + ledger_bars(rows, bars, end, now)
+    return [*bars, *waits.values(), *ledger_bars(rows, bars, until, now)]
 
 
 def ledger_bars(rows: list[dict[str, Any]], seen: list[Bar], until: float, now: float) -> list[Bar]:
     """Make a bar of each attempt, death and outage; `seen` tells when workers lived too."""
-    rows = [row | {"lane": f"worker {row.get('worker', '?')}"} for row in rows]
+    rows = [row | {"lane": f"worker {row.get('worker')}"} for row in rows]
     attempts = [row for row in rows if row["attempt"]]
     notes = [row for row in rows if not row["attempt"] and row["ts"] <= until]
     alive = [(bar.lane, bar.begin) for bar in seen] + [(row["lane"], row["ts"]) for row in attempts]
     last_seen = dict(sorted(alive))
-    deaths = [row for row in notes if row["type"] in DEATHS]
-    bars = [Bar(row["lane"], row["ts"], row["ts"], DEATHS[row["type"]]) for row in deaths]
+    died: dict[str, Bar] = {}  # by their lane
+    bars: list[Bar] = []
+    for row in notes:
+        if row["type"] in DEATHS:
+            died[row["lane"]] = Bar(row["lane"], row["ts"], row["ts"], DEATHS[row["type"]])
+        elif row["type"] == "server" and row["state"] == "dead":
+            bars.append(Bar("Temporal", row["ts"], until, "."))
+        elif row["type"] == "server" and bars:
+            bars[-1].end = row["ts"]
     longest = START_TO_CLOSE.total_seconds()
-    died = {bar.lane: (bar.end, bar.mark) for bar in bars}
-    server = [(row["ts"], row["state"]) for row in notes if row["type"] == "server"]
-    for (at, state), (back, _) in itertools.pairwise([*server, (until, "")]):
-        if state == "dead":
-            bars.append(Bar("Temporal", at, back, "."))
     for n, row in enumerate(attempts):
-        lane, begin, ended = row["lane"], row["ts"], row.get("ended", "")
+        lane, end, ended = row["lane"], row["ts"] + row.get("seconds", 0), row.get("ended")
         later = [a for a in attempts[n + 1 :] if a["type"] == row["type"]]
         again = next((a["ts"] for a in later if a["attempt"] > row["attempt"]), 0)
-        # Nothing was seen of its worker since, or since another attempt took over.
-        gone = last_seen[lane] <= (again or begin)
-        end, mark = begin + row.get("seconds", 0), "|"
+        gone = last_seen[lane] <= (again or row["ts"])  # nothing was seen of its worker after that
         if ended == "ok":  # and yet tried again, if the answer was lost with its worker
             mark = "X" if again and gone and lane not in died else "|"
         elif ended:
             mark = "/" if ended.startswith("CancelledError") else "x"
         elif lane in died:
-            end, mark = died[lane]
-        elif not again and (until == now or now - begin < longest):
+            end, mark = died[lane].end, died[lane].mark
+        elif not again and (until == now or now - row["ts"] < longest):
             end, mark = now, ">"
         else:  # nobody saw the end, but another attempt comes after a heartbeat's silence
-            died_before = min(again - HEARTBEAT.total_seconds(), begin + longest)
-            end, mark = max(begin, died_before), "X" if gone else "x"
-        bars.append(Bar(lane, begin, end, mark, row["type"].partition("_")[0]))
-    return bars
+            end, mark = min(again - HEARTBEAT.total_seconds(), end + longest), "X" if gone else "x"
+        name = row["type"].partition("_")[0]
+        bars.append(Bar(lane, row["ts"], max(row["ts"], end), mark, name))
+    return [*bars, *died.values()]
 
 
 def lanes(bars: list[Bar], columns: int = 79) -> list[str]:
@@ -608,7 +605,7 @@ def lanes(bars: list[Bar], columns: int = 79) -> list[str]:
     if not any(bar.mark.strip() for bar in bars):
         return ["no worker has taken it up yet"]
     width = max(20, columns - LABEL)
-    shortened, column, clock = time_scale(bars, width)
+    column, shortened = time_scale(bars, width)
     drawn = {"Temporal": [" "] * width}
     for bar in sorted(bars + shortened, key=lambda bar: bar.begin):
         lane = drawn.setdefault(bar.lane, [" "] * width)
@@ -617,15 +614,13 @@ def lanes(bars: list[Bar], columns: int = 79) -> list[str]:
         for at, character in enumerate(fill * (end - begin) + bar.mark, begin):
             lane[at] = max(lane[at], character, key=RANK.index)
     seen = set(itertools.chain(*drawn.values()))
-    legend = [f"{mark} {words}" for mark, words in MARKS.items() if mark in seen]
-    # Names where there is room, first of what went wrong, then of what took long.
-    named = [bar for bar in bars if bar.name]
-    for bar in sorted(named, key=lambda bar: (bar.mark in "|>", bar.begin - bar.end)):
-        write_name(drawn[bar.lane], bar.name, column[bar.begin], column[bar.end])
-    margin = " " * LABEL
-    lines = [f"{lane[: LABEL - 1]:{LABEL}}{''.join(drawn[lane])}".rstrip() for lane in drawn]
-    words = textwrap.wrap("   ".join(legend), width)
-    return [margin + clock.rstrip(), *lines, *(margin + line for line in words)]
+    legend = "   ".join(f"{mark} {words}" for mark, words in MARKS.items() if mark in seen)
+    for bar in sorted(bars, key=lambda bar: bar.begin - bar.end):  # the longest first
+        if bar.name:
+            write_name(drawn[bar.lane], bar.name, column[bar.begin], column[bar.end])
+    lines = [("", clock(column, width)), *((name, "".join(drawn[name])) for name in drawn)]
+    lines += [("", line) for line in textwrap.wrap(legend, width)]
+    return [f"{name[: LABEL - 1]:{LABEL}}{line}".rstrip() for name, line in lines]
 
 
 def write_name(lane: list[str], name: str, begin: int, end: int) -> None:
@@ -640,37 +635,32 @@ def write_name(lane: list[str], name: str, begin: int, end: int) -> None:
         lane[begin - length : begin] = f"{name} "
 
 
-def time_scale(bars: list[Bar], width: int) -> tuple[list[Bar], dict[float, int], str]:
-    """Lay time out over the columns, idle time shortened where it leaves no room for the rest.
-
-    Returns a bar for each time that is shortened, the column of each moment, and the clock.
-    """
+def time_scale(bars: list[Bar], width: int) -> tuple[dict[float, int], list[Bar]]:
+    """Give each moment a column; also return a bar for each time that is shortened."""
     moments = sorted({moment for bar in bars for moment in (bar.begin, bar.end)})
     gaps = [Bar("Temporal", begin, end, "~") for begin, end in itertools.pairwise(moments)]
-    work = [bar for bar in bars if bar.lane != "Temporal"]
-    busy = [g for g in gaps if any(bar.begin <= g.begin and g.end <= bar.end for bar in work)]
-    # More than 12 s in which nothing is done take no more room than three times what is done.
-    longest = max(1, 3 * sum(gap.end - gap.begin for gap in busy))
-    shortened = [g for g in gaps if g not in busy and g.end - g.begin > max(12, longest)]
-    lengths = [longest if gap in shortened else gap.end - gap.begin for gap in gaps]
-    scale = (width - 1) / max(0.001, sum(lengths))
-    step = next((tick for tick in TICKS if tick * scale >= 9), TICKS[-1])
-    clock, tick, place, column = "0 s", step, 0.0, {moments[0]: 0}
-    for gap, length in zip(gaps, lengths, strict=True):
-        begin, end = gap.begin - moments[0], gap.end - moments[0]
-        if gap in shortened:
-            tick = end  # which must be told
-        while tick <= end:
-            text = f"{tick:.3g} s" if tick < 120 else f"{round(tick / 60, 1):g} min"
-            # Where there is room; at the right edge a little to the left.
-            column_of_tick = round((place + min(tick - begin, length)) * scale)
-            at = min(column_of_tick, width - len(text))
-            if text not in clock and at > len(clock) + 1:
-                clock = clock.ljust(at) + text
-            tick = (round(tick / step) + 1) * step
-        place += length
-        column[gap.end] = round(place * scale)
-    return shortened, column, clock
+    lengths = [gap.end - gap.begin for gap in gaps]
+    # A step takes 10 s at most, START_TO_CLOSE: where nothing happens for more than 12 s, something
+    # is waited for. If that is more than twice all the rest, it takes no more room than the rest.
+    rest = sum(length for length in lengths if length <= 12)
+    longest = max(12, 2 * rest)
+    rooms = [length if length <= longest else max(1, rest) for length in lengths]
+    scale = (width - 1) / max(0.001, sum(rooms))
+    places = itertools.accumulate(rooms, initial=0.0)
+    column = {moment: round(place * scale) for moment, place in zip(moments, places, strict=True)}
+    return column, [gap for gap in gaps if gap.end - gap.begin > longest]
+
+
+def clock(column: dict[float, int], width: int) -> str:
+    """Tell the moments above their columns, where there is room; at the right edge to the left."""
+    told, start = "", min(column)
+    for moment, at in column.items():
+        seconds = moment - start
+        text = f"{seconds:.3g} s" if seconds < 120 else f"{round(seconds / 60, 1):g} min"
+        at = min(at, width - len(text))
+        if not told or (at > len(told) + 1 and not told.endswith(f" {text}")):
+            told = told.ljust(at) + text
+    return told
 
 
 # The command line.
