@@ -488,13 +488,11 @@ async def history(client: Client, options: argparse.Namespace) -> None:
     await show_lanes(handle)
     taken_up_by = ""
     for event in sorted(events, key=lambda event: event.at):
-        if event.kind == "WORKFLOW_TASK_STARTED":
-            if event.worker in ("", taken_up_by):
-                continue
-            taken_up_by = event.worker
-        if event.kind in SENTENCES:
+        takes_up = event.kind == "WORKFLOW_TASK_STARTED"
+        if event.kind in SENTENCES and not (takes_up and event.worker == taken_up_by):
             sentence = SENTENCES[event.kind](event)
             say(f"{event.at - events[0].at:7.2f} s  {sentence}", indent=11)
+        taken_up_by = event.worker if takes_up else taken_up_by
     if description.status == RUNNING:  # what one that has ended left behind, nobody waits for
         for activity in description.raw_description.pending_activities:
             say(f"      now  {activity.activity_type.name}{again(activity)}", indent=11)
