@@ -395,17 +395,13 @@ class Event:
     at: float  # as a Unix time
     a: Any  # its attributes
     begun: int  # the id of the event that began what this one is about
-    name: str  # what that is called, if it is an activity, a timer or a child
+    name: str  # what that is called
     worker: str  # who had the task, if it is one that somebody had
 
 
 SENTENCES: dict[str, Callable[[Event], str]] = {
     "STARTED": lambda e: f"Temporal has it, as {e.a.workflow_type.name}",
-    "COMPLETED": lambda _: "the workflow is complete",
-    "FAILED": lambda e: f"the workflow failed: {why(e.a.failure)}",
-    "CANCELED": lambda _: "the workflow was cancelled",
-    "TERMINATED": lambda _: "terminated: no code ran, nothing was undone",
-    "TIMED_OUT": lambda _: "timed out: no code ran, nothing was undone",
+    "TIMED_OUT": lambda _: "the workflow timed out: no code ran, nothing was undone",
     "CANCEL_REQUESTED": lambda _: "somebody cancels the workflow",
     "SIGNALED": lambda e: f"signal {e.a.signal_name} comes",
     "UPDATE_ACCEPTED": lambda e: f"update {e.a.accepted_request.input.name} is accepted",
@@ -414,20 +410,18 @@ SENTENCES: dict[str, Callable[[Event], str]] = {
     "WORKFLOW_TASK_FAILED": lambda e: f"the code fails on {e.worker}: {why(e.a.failure)}",
     "RESET": lambda _: "reset to here: from now on this is another run",
     "ACTIVITY_TASK_STARTED": lambda e: f"{e.name} runs on {e.worker}{again(e.a)}",
-    "ACTIVITY_TASK_COMPLETED": lambda e: f"{e.name} is done",
-    "ACTIVITY_TASK_FAILED": lambda e: f"{e.name} failed: {why(e.a.failure)}",
     "ACTIVITY_TASK_TIMED_OUT": lambda e: f"{e.name} failed: {why(e.a.failure)}",
     "ACTIVITY_TASK_CANCEL_REQUESTED": lambda e: f"{e.name} is asked to stop",
-    "ACTIVITY_TASK_CANCELED": lambda e: f"{e.name} has stopped",
     "TIMER_STARTED": lambda e: f"the timer of {timer_seconds(e):g} s starts: {e.name}",
     "TIMER_FIRED": lambda e: f"the timer fires: {e.name}",
     "TIMER_CANCELED": lambda e: f"the timer is not needed any more: {e.name}",
     "CHILD_WORKFLOW_EXECUTION_STARTED": lambda e: f"{e.name} starts",
-    "CHILD_WORKFLOW_EXECUTION_COMPLETED": lambda e: f"{e.name} is done",
-    "CHILD_WORKFLOW_EXECUTION_FAILED": lambda e: f"{e.name} failed: {why(e.a.failure)}",
-    "CHILD_WORKFLOW_EXECUTION_CANCELED": lambda e: f"{e.name} was cancelled",
-    "CHILD_WORKFLOW_EXECUTION_TERMINATED": lambda e: f"{e.name} was terminated",
 }
+for _what in ("", "ACTIVITY_TASK_", "CHILD_WORKFLOW_EXECUTION_"):  # these end in the same ways
+    SENTENCES[f"{_what}COMPLETED"] = lambda e: f"{e.name} is complete"
+    SENTENCES[f"{_what}FAILED"] = lambda e: f"{e.name} failed: {why(e.a.failure)}"
+    SENTENCES[f"{_what}CANCELED"] = lambda e: f"{e.name} was cancelled"
+    SENTENCES[f"{_what}TERMINATED"] = lambda e: f"{e.name} was terminated: nothing was undone"
 # A message came while the workflow's last task was done: that is done again, the code is all right.
 OVERTAKEN = WorkflowTaskFailedCause.WORKFLOW_TASK_FAILED_CAUSE_UNHANDLED_COMMAND
 
@@ -475,7 +469,7 @@ def read_events(history: Iterable[Any]) -> list[Event]:
             kind = "RESET"
         elif kind == "WORKFLOW_TASK_FAILED" and a.cause == OVERTAKEN:
             kind = "WORKFLOW_TASK_OVERTAKEN"
-        at, name = event.event_time.ToNanoseconds() / 1e9, names.get(begun, "")
+        at, name = event.event_time.ToNanoseconds() / 1e9, names.get(begun, "the workflow")
         pid = getattr(a, "identity", "").partition("@")[0] if "_TASK_" in kind else ""
         events.append(Event(kind, at, a, begun, name, f"worker {pid}" if pid else ""))
     return events
