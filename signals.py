@@ -369,18 +369,15 @@ async def picture(handle: Handle) -> tuple[str, list[str]]:
     activities = (await handle.describe()).raw_description.pending_activities
     attempts = [activity.attempt for activity in activities if activity.attempt > 1]
     headline = state + (f", attempt {attempts[0]}" if attempts else "")
-    timer = None
+    left, lines, box = "", [], "x"
     if state in ("WAITING", "AWAITING_REVIEW"):
-        timers = [event for event in await read_history(handle) if event.kind == "TIMER_STARTED"]
-        timer = timers[-1] if timers else None
-    if timer and timer.name == "Review by person":
-        headline += f"; decide: {see('approve', handle.id)}"
-    lines = []
-    for at, (step, done) in enumerate(TRACKER.items() if state in TRACKER else ()):
-        box = "x" if at < list(TRACKER).index(state) else ">" if step == state else " "
-        lines.append(f"    [{box}] {done}")
-        if timer and step == state:
-            lines[-1] += f": {max(0, timer.at + timer_seconds(timer) - time.time()):.0f} s left"
+        timer = [event for event in await read_history(handle) if event.kind == "TIMER_STARTED"][-1]
+        left = f": {max(0, timer.at + timer_seconds(timer) - time.time()):.0f} s left"
+        if timer.name == "Review by person":
+            headline += f"; decide: {see('approve', handle.id)}"
+    for step, done in TRACKER.items() if state in TRACKER else ():
+        lines.append(f"    [>] {done}{left}" if step == state else f"    [{box}] {done}")
+        box = " " if step == state else box
     return headline, lines
 
 
