@@ -304,9 +304,8 @@ async def list_orders(client: Client, options: argparse.Namespace) -> None:
     runs = sorted(found, key=lambda run: run.start_time, reverse=True)
     for n, run in enumerate(runs[: options.limit]):
         state = run.status.name if run.status else ""
-        if state == "COMPLETED" and run.workflow_type == "OrderWorkflow":
-            # To Temporal a rejected order is complete as well: what it returned says more.
-            state = await client.get_workflow_handle(run.id, run_id=run.run_id).result()
+        if state == "COMPLETED":  # to Temporal a rejected order is too: what it returned says more
+            state = await end_of(client.get_workflow_handle(run.id, run_id=run.run_id))
         started = f"{run.start_time.astimezone():%m-%d %H:%M:%S}"
         again = "  (another run of it)" if run.id in [older.id for older in runs[n + 1 :]] else ""
         say(f"{started}  {state:10} {cents.get(run.id, '-'):>10}  {run.id}{again}", indent=16)
