@@ -149,24 +149,21 @@ class Screen:
 # Messages to an order.
 
 
-async def decide(client: Client, options: argparse.Namespace) -> None:
-    """Send approve or reject, and say whether that is the decision which stands."""
-    handle = await addressee(client, options)
-    await handle.signal(options.command, options.note)
+async def send(client: Client, options: argparse.Namespace) -> None:
+    """Send approve, reject or cancel; say of a decision whether it is the one that stands."""
+    handle, verb = await addressee(client, options), options.command
+    watch = f"see: {see('watch', handle.id)}"
+    if verb == "cancel" and (await ask(handle))[1] == "COMPENSATING":
+        sys.exit(f"too late: {handle.id} is being undone already; {watch}")
+    await handle.signal(verb, options.note)
+    if verb == "cancel":
+        say(f"{handle.id}: cancel sent; {watch}")
+        return
     status, state = await ask(handle)
-    if status and not str(status["decision"]).startswith(options.command):
+    if status and not str(status["decision"]).startswith(verb):
         stands = status["decision"] or state
-        sys.exit(f"{handle.id} is {stands} already: the {options.command} was only recorded")
-    say(f"{handle.id}: {options.command} sent; {state}")
-
-
-async def cancel(client: Client, options: argparse.Namespace) -> None:
-    """Send cancel, unless the order is being undone already."""
-    handle = await addressee(client, options)
-    if (await ask(handle))[1] == "COMPENSATING":
-        sys.exit(f"too late: {handle.id} is being undone already; see: {see('watch', handle.id)}")
-    await handle.signal("cancel", options.reason)
-    say(f"{handle.id}: cancel sent; see: {see('watch', handle.id)}")
+        sys.exit(f"{handle.id} is {stands} already: the {verb} was only recorded")
+    say(f"{handle.id}: {verb} sent; {state}")
 
 
 async def update_address(client: Client, options: argparse.Namespace) -> None:
@@ -667,9 +664,9 @@ NOTE_RULE = f"must be at most {NOTE_LENGTH} characters"
 note = partial(take, str, lambda text: len(text) <= NOTE_LENGTH, NOTE_RULE)
 
 VERBS: dict[str, tuple[Callable[..., Coroutine[Any, Any, Any]], str]] = {
-    "approve": (decide, "say yes; without an id on a terminal: offers the waiting orders"),
-    "reject": (decide, "say no; without an id on a terminal: offers the waiting orders"),
-    "cancel": (cancel, "cancel; without an id on a terminal: offers the running orders"),
+    "approve": (send, "say yes; without an id on a terminal: offers the waiting orders"),
+    "reject": (send, "say no; without an id on a terminal: offers the waiting orders"),
+    "cancel": (send, "cancel; without an id on a terminal: offers the running orders"),
     "update-address": (update_address, "change the address, before shipping begins"),
     "status": (status, "ask the workflow where it stands"),
     "watch": (lambda c, o: follow(c, o.order_id), "follow an order to its end; exit 1 if FAILED"),
@@ -693,8 +690,8 @@ def parse_arguments() -> argparse.Namespace:
         if verb == "update-address":
             sub.add_argument("address")
         if offered:
-            word = "--reason" if verb == "cancel" else "--note"
-            sub.add_argument(word, type=note, default="", help="why, up to 500 characters")
+            shape: dict[str, Any] = {"dest": "note", "metavar": "TEXT", "type": note, "default": ""}
+            sub.add_argument("--reason" if verb == "cancel" else "--note", help=NOTE_RULE, **shape)
     return parser.parse_args()
 
 
