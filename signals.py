@@ -499,19 +499,9 @@ async def show_lanes(handle: Handle) -> None:
 # An order's life as lanes: Temporal's, and one for each worker, over time.
 
 LABEL = 15  # columns for a lane's name
-MARKS = {
-    "X": "its worker died",
-    "x": "failed",
-    "?": "the code failed",
-    "/": "stopped",
-    "!": "message",
-    ">": "goes on",
-    "|": "end",
-    ".": "no server",
-    "~": "time shortened",
-    "-": "ran the code",
-}
-RANK = " -=~.|>!/?xX"  # where two characters meet, the latter is drawn
+LEGEND = "X its worker died, x failed, ? the code failed, / stopped, ! message, > goes on, | end"
+LEGEND += ", . no server, ~ time shortened, - ran the code"
+RANK = " -=~.|>!/?xX"  # where two marks meet, the latter is drawn
 WAITS = ("TIMER_STARTED", "CHILD_WORKFLOW_EXECUTION_STARTED")
 MOMENTS = {"STARTED": " ", "WORKFLOW_TASK_COMPLETED": "-", "WORKFLOW_TASK_FAILED": "?"}
 MOMENTS |= {"SIGNALED": "!", "UPDATE_ACCEPTED": "!", "CANCEL_REQUESTED": "!"}
@@ -599,7 +589,7 @@ def lanes(bars: list[Bar], columns: int = 79) -> list[str]:
         for at, character in enumerate(fill * (end - begin) + bar.mark, begin):
             lane[at] = max(lane[at], character, key=RANK.index)
     seen = set(itertools.chain(*drawn.values()))
-    legend = "   ".join(f"{mark} {words}" for mark, words in MARKS.items() if mark in seen)
+    legend = "   ".join(told for told in LEGEND.split(", ") if told[0] in seen)
     for bar in sorted(bars, key=lambda bar: bar.begin - bar.end):  # the longest first
         if bar.name:
             write_name(drawn[bar.lane], bar.name, column[bar.begin], column[bar.end])
