@@ -344,10 +344,7 @@ async def follow(client: Client, order_id: str, tend: Callable[[], Any] | None =
     if description.status != WorkflowExecutionStatus.COMPLETED:
         end = (await persist(lambda: read_history(handle)))[-1]
         sys.exit(f"{handle.id} FAILED: {SENTENCES[end.kind](end)}")
-    state = await persist(lambda: end_of(handle))
-    if state == "COMPLETED":
-        screen.show(state, [f"    [x] {done}" for done in TRACKER.values()])
-    say(f"{handle.id} {state}")
+    say(f"{handle.id} {await persist(lambda: end_of(handle))}")
 
 
 async def end_of(handle: Handle) -> str:
