@@ -130,13 +130,11 @@ class Screen:
         if self.plain and headline != self.shown:
             say(told)
         elif not self.plain:
-            size = shutil.get_terminal_size()
             self.clear()
-            for line in [*fit(told, sys.stdout).splitlines(), *map(printable, lines)]:
-                rows = 1 + (len(line) - 1) // size.columns  # a long one wraps
-                if self.height + rows < size.lines:
-                    print(line)
-                    self.height += rows
+            columns, rows = shutil.get_terminal_size()
+            drawn = [*fit(told, sys.stdout).splitlines(), *map(printable, lines)][: rows - 1]
+            print(*drawn, sep="\n")
+            self.height = sum(1 + (len(line) - 1) // columns for line in drawn)  # a long one wraps
         self.shown = headline
 
     def clear(self) -> None:
