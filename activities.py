@@ -135,11 +135,11 @@ def parse_order(raw: Any, workflow_id: str, charge: bool = False) -> Order:
 def attempt(order: Order, effect: Callable[[], T], doing: str = "", **payload: Any) -> T:
     """Make one attempt: note it with this payload, play its fault, do the effect, note its end."""
     step, number = activity.info().activity_type, activity.info().attempt
-    doing = doing or step
+    doing = f"{doing or step} for {order.order_id}, attempt {number}"
     fault = order.simulate.get(step, "")
     started, ended = time.monotonic(), "ok"
-    event = store.begin(order.order_id, step, number, {**payload, "worker": os.getpid()})
-    log.info("%s for %s, attempt %d ...", doing, order.order_id, number)
+    event = store.note(order.order_id, step, {**payload, "worker": os.getpid()}, number)
+    log.info("%s ...", doing)
     try:
         fail_before(order, step, fault)
         result = effect()
@@ -147,7 +147,7 @@ def attempt(order: Order, effect: Callable[[], T], doing: str = "", **payload: A
             wait(SLOW_SECONDS)
     except BaseException as error:
         ended = f"{type(error).__name__}: {error}"
-        log.info("%s for %s, attempt %d, failed: %s", doing, order.order_id, number, error)
+        log.info("%s, failed: %s", doing, error)
         raise
     finally:
         store.finish(event, ended, time.monotonic() - started)
@@ -175,7 +175,7 @@ def fail_before(order: Order, step: str, fault: str) -> None:
 def claim(order: Order, step: str, fault: str) -> bool:
     """Claim a fault that fires once per order and step; return whether nobody had it before."""
     # The attempt's number would not do: another order's crash may have used up the first one.
-    return store.note(order.order_id, "fault", {step: fault})
+    return store.note(order.order_id, "fault", {step: fault}) > 0
 
 
 def wait(seconds: float, obedient: bool = True) -> None:

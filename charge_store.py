@@ -104,17 +104,12 @@ def undo(kind: str, key: str, order_id: str, customer_id: str, amount_cents: int
 # The audit trail.
 
 
-def note(order_id: str, type_: str, payload: dict[str, Any]) -> bool:
-    """Write a note, once however often it comes; return whether it is new."""
-    return begin(order_id, type_, 0, payload) > 0
-
-
-def begin(order_id: str, step: str, attempt: int, payload: dict[str, Any]) -> int:
-    """Write an event: an attempt begins, or with 0 a note; return its id, 0 for an old note."""
+def note(order_id: str, type_: str, payload: dict[str, Any], attempt: int = 0) -> int:
+    """Write an event: that an attempt begins, or a note, once; return its id, 0 for an old note."""
     rows = execute(
         "INSERT INTO events (order_id, type, attempt, payload_json, ts) VALUES (?, ?, ?, ?, ?)"
         " ON CONFLICT DO NOTHING RETURNING id",
-        *(order_id, step, attempt, json.dumps(payload), time.time()),
+        *(order_id, type_, attempt, json.dumps(payload), time.time()),
         synchronous="NORMAL" if attempt else "FULL",
     )
     return int(rows[0]["id"]) if rows else 0

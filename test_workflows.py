@@ -813,7 +813,7 @@ def test_a_store_that_is_not_there_is_not_clean_and_is_made_anew(empty_store: No
     for _ in range(2):
         answers(ledger_says("--audit"), 1, str(path))
         assert not path.exists()
-        store.begin("o", "x", 1, {})
+        store.note("o", "x", {}, 1)
         store.perform(*CHARGE)
         with closing(sqlite3.connect(path)) as another:
             for table in ("effects", "events"):
@@ -830,7 +830,7 @@ def test_money_and_decisions_are_on_disk_when_answered(empty_store: None) -> Non
         ("FULL", partial(store.perform, *CHARGE)),
         ("FULL", partial(store.undo, *CHARGE)),
         ("FULL", partial(store.note, "o", "approve", {})),
-        ("NORMAL", partial(store.begin, "o", "charge_payment", 1, {})),  # soon after
+        ("NORMAL", partial(store.note, "o", "charge_payment", {}, 1)),  # soon after
     ):
         call()
         assert ran[-2] == f"PRAGMA synchronous = {level}" and ran[-1].startswith("INSERT")

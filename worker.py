@@ -237,7 +237,6 @@ class Stage:
         if self.server:
             self.server.kill()
             self.server.wait()
-        self.server = None
 
     def environment(self) -> dict[str, str]:
         """Have a process use this server and our ledger, whatever environment or profile say."""
