@@ -494,6 +494,7 @@ async def show_lanes(handle: Handle) -> None:
 # An order's life as lanes: Temporal's, and one for each worker, over time.
 
 LABEL = 15  # columns for a lane's name
+TICKS = [n * unit for unit in (0.001, 0.01, 0.1, 1, 10, 60, 600, 3600) for n in (1, 2, 5)]
 LEGEND = "X its worker died, x failed, ? the code failed, / stopped, ! message, > goes on, | end"
 LEGEND += ", . no server, ~ time shortened, - ran the code"
 RANK = " -=~.|>!/?xX"  # where two marks meet, the latter is drawn
@@ -575,7 +576,7 @@ def lanes(bars: list[Bar], columns: int = 79) -> list[str]:
     if not any(bar.mark.strip() for bar in bars):
         return ["no worker has taken it up yet"]
     width = max(20, columns - LABEL)
-    column, shortened = time_scale(bars, width)
+    shortened, column, clock = time_scale(bars, width)
     drawn = {"Temporal": [" "] * width}
     for bar in sorted(bars + shortened, key=lambda bar: bar.begin):
         lane = drawn.setdefault(bar.lane, [" "] * width)
@@ -588,7 +589,7 @@ def lanes(bars: list[Bar], columns: int = 79) -> list[str]:
     for bar in sorted(bars, key=lambda bar: bar.begin - bar.end):  # the longest first
         if bar.name:
             write_name(drawn[bar.lane], bar.name, column[bar.begin], column[bar.end])
-    lines = [("", clock(column, width)), *((name, "".join(drawn[name])) for name in drawn)]
+    lines = [("", clock), *((name, "".join(drawn[name])) for name in drawn)]
     lines += [("", line) for line in textwrap.wrap(legend, width)]
     return [f"{name[: LABEL - 1]:{LABEL}}{line}".rstrip() for name, line in lines]
 
@@ -605,32 +606,36 @@ def write_name(lane: list[str], name: str, begin: int, end: int) -> None:
         lane[begin - length : begin] = f"{name} "
 
 
-def time_scale(bars: list[Bar], width: int) -> tuple[dict[float, int], list[Bar]]:
-    """Give each moment a column; also return a bar for each time that is shortened."""
+def time_scale(bars: list[Bar], width: int) -> tuple[list[Bar], dict[float, int], str]:
+    """Lay time out over the columns, idle time shortened where it leaves no room for the rest.
+
+    Returns a bar for each time that is shortened, the column of each moment, and the clock.
+    """
     moments = sorted({moment for bar in bars for moment in (bar.begin, bar.end)})
     gaps = [Bar("Temporal", begin, end, "~") for begin, end in itertools.pairwise(moments)]
-    lengths = [gap.end - gap.begin for gap in gaps]
     # A step takes 10 s at most, START_TO_CLOSE: where nothing happens for more than 12 s, something
     # is waited for. If that is more than twice all the rest, it takes no more room than the rest.
-    rest = sum(length for length in lengths if length <= 12)
-    longest = max(12, 2 * rest)
-    rooms = [length if length <= longest else max(1, rest) for length in lengths]
-    scale = (width - 1) / max(0.001, sum(rooms))
-    places = itertools.accumulate(rooms, initial=0.0)
-    column = {moment: round(place * scale) for moment, place in zip(moments, places, strict=True)}
-    return column, [gap for gap in gaps if gap.end - gap.begin > longest]
-
-
-def clock(column: dict[float, int], width: int) -> str:
-    """Tell the moments above their columns, where there is room; at the right edge to the left."""
-    told, start = "", min(column)
-    for moment, at in column.items():
-        seconds = moment - start
-        text = f"{seconds:.3g} s" if seconds < 120 else f"{round(seconds / 60, 1):g} min"
-        at = min(at, width - len(text))
-        if not told or (at > len(told) + 1 and not told.endswith(f" {text}")):
-            told = told.ljust(at) + text
-    return told
+    rest = sum(gap.end - gap.begin for gap in gaps if gap.end - gap.begin <= 12)
+    shortened = [gap for gap in gaps if gap.end - gap.begin > max(12, 2 * rest)]
+    lengths = [max(1, rest) if gap in shortened else gap.end - gap.begin for gap in gaps]
+    scale = (width - 1) / max(0.001, sum(lengths))
+    step = next((tick for tick in TICKS if tick * scale >= 9), TICKS[-1])
+    clock, tick, place, column = "0 s", step, 0.0, {moments[0]: 0}
+    for gap, length in zip(gaps, lengths, strict=True):
+        begin, end = gap.begin - moments[0], gap.end - moments[0]
+        if gap in shortened:
+            tick = end  # which must be told
+        while tick <= end:
+            text = f"{tick:.3g} s" if tick < 120 else f"{round(tick / 60, 1):g} min"
+            # Where there is room; at the right edge a little to the left.
+            column_of_tick = round((place + min(tick - begin, length)) * scale)
+            at = min(column_of_tick, width - len(text))
+            if text not in clock and at > len(clock) + 1:
+                clock = clock.ljust(at) + text
+            tick = (round(tick / step) + 1) * step
+        place += length
+        column[gap.end] = round(place * scale)
+    return shortened, column, clock
 
 
 # The command line.
