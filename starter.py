@@ -703,7 +703,8 @@ class Player:
     async def edit(self, change: Edit) -> None:
         """Change a line of our scripts: in the copy that our worker runs, or by hand."""
         file, text, instead = change
-        what = f"change {file}" if instead else f"undo the change of {file}"
+        which = f"a copy of {file}" if self.stage.ours else file
+        what = f"change {which}" if instead else f"undo the change of {which}"
         if await self.turn(what, edited, self.stage.code, change, hands=True):
             source = (HERE / file).read_text(encoding="utf-8")
             changed = source.replace(text, instead)
