@@ -130,11 +130,13 @@ class Screen:
         if self.plain and headline != self.shown:
             say(told)
         elif not self.plain:
+            size = shutil.get_terminal_size()
             self.clear()
-            columns, rows = shutil.get_terminal_size()
-            drawn = [*fit(told, sys.stdout).splitlines(), *map(printable, lines)][: rows - 1]
-            print(*drawn, sep="\n")
-            self.height = sum(1 + (len(line) - 1) // columns for line in drawn)  # a long one wraps
+            for line in [*fit(told, sys.stdout).splitlines(), *map(printable, lines)]:
+                rows = 1 + (len(line) - 1) // size.columns  # a long one wraps
+                if self.height + rows < size.lines:
+                    print(line)
+                    self.height += rows
         self.shown = headline
 
     def clear(self) -> None:
@@ -362,10 +364,11 @@ async def picture(handle: Handle) -> tuple[str, list[str]]:
     headline = state + (f", attempt {attempts[0]}" if attempts else "")
     left, lines, box = "", [], "x"
     if state in ("WAITING", "AWAITING_REVIEW"):
-        timer = [event for event in await read_history(handle) if event.kind == "TIMER_STARTED"][-1]
-        left = f": {max(0, timer.at + timer_seconds(timer) - time.time()):.0f} s left"
-        if timer.name == "Review by person":
-            headline += f"; decide: {see('approve', handle.id)}"
+        timers = [event for event in await read_history(handle) if event.kind == "TIMER_STARTED"]
+        for timer in timers[-1:]:  # of a run that has just begun, after a reset, there is none
+            left = f": {max(0, timer.at + timer_seconds(timer) - time.time()):.0f} s left"
+            if timer.name == "Review by person":
+                headline += f"; decide: {see('approve', handle.id)}"
     for step, done in TRACKER.items() if state in TRACKER else ():
         lines.append(f"    [>] {done}{left}" if step == state else f"    [{box}] {done}")
         box = " " if step == state else box
@@ -389,7 +392,8 @@ class Event:
 
 SENTENCES: dict[str, Callable[[Event], str]] = {
     "STARTED": lambda e: f"Temporal has it, as {e.a.workflow_type.name}",
-    "TIMED_OUT": lambda _: "the workflow timed out: no code ran, nothing was undone",
+    "TERMINATED": lambda _: "terminated: no code ran, nothing was undone",
+    "TIMED_OUT": lambda _: "timed out: no code ran, nothing was undone",
     "CANCEL_REQUESTED": lambda _: "somebody cancels the workflow",
     "SIGNALED": lambda e: f"signal {e.a.signal_name} comes",
     "UPDATE_ACCEPTED": lambda e: f"update {e.a.accepted_request.input.name} is accepted",
@@ -404,12 +408,12 @@ SENTENCES: dict[str, Callable[[Event], str]] = {
     "TIMER_FIRED": lambda e: f"the timer fires: {e.name}",
     "TIMER_CANCELED": lambda e: f"the timer is not needed any more: {e.name}",
     "CHILD_WORKFLOW_EXECUTION_STARTED": lambda e: f"{e.name} starts",
+    "CHILD_WORKFLOW_EXECUTION_TERMINATED": lambda e: f"{e.name} was terminated",
 }
 for _what in ("", "ACTIVITY_TASK_", "CHILD_WORKFLOW_EXECUTION_"):  # these end in the same ways
     SENTENCES[f"{_what}COMPLETED"] = lambda e: f"{e.name} is complete"
     SENTENCES[f"{_what}FAILED"] = lambda e: f"{e.name} failed: {why(e.a.failure)}"
     SENTENCES[f"{_what}CANCELED"] = lambda e: f"{e.name} was cancelled"
-    SENTENCES[f"{_what}TERMINATED"] = lambda e: f"{e.name} was terminated: nothing was undone"
 # A message came while the workflow's last task was done: that is done again, the code is all right.
 OVERTAKEN = WorkflowTaskFailedCause.WORKFLOW_TASK_FAILED_CAUSE_UNHANDLED_COMMAND
 
