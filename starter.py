@@ -791,7 +791,7 @@ class Player:
         took = time.time() - self.since
         # A person may be away; a machine, even a busy one, is that slow only if something hangs.
         in_time = self.keyboard or not within or took < within + 15
-        told = f"{order_id} ended {result} after {took:.1f} s, the ledger has {ledger}"
+        told = f"{order_id} ended {result}, after {took:.1f} s the ledger has {ledger}"
         must = f"{end} with {', '.join(effects)}" + (f" within {within:g} s" if within else "")
         if result != end or not fit or not in_time:
             raise Verdict(f"NOT HELD: {told}, should be: {must}")
