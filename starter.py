@@ -452,8 +452,10 @@ class Player:
         self.screen.clear()
         if self.orders and exercise not in CONTRASTS:
             wrong = [line for line in store.audit()[1] if line.split()[0] in self.orders]
-            self.tell("audit not clean" if wrong else "audit clean")
-            verdict = f"NOT HELD: {'; '.join([*wrong, verdict])}" if wrong else verdict
+            if wrong:
+                verdict = f"NOT HELD: {'; '.join([*wrong, verdict])}"
+            elif verdict == "held":
+                self.tell("audit clean")
         with suppress(TimeoutError, RPCError):
             async with asyncio.timeout(20):
                 for order_id in () if await self.server_is_dead() else self.orders:
@@ -485,7 +487,8 @@ class Player:
         """Look whether workers that are not ours serve; then no death would show anything."""
         ours = [process.pid for process in self.stage.workers]
         others = ", ".join(str(pid) for pid in await self.pollers(*queues) if pid not in ours)
-        self.show(not others, f"worker {others}, which nobody thought of, serves too: stop it")
+        serves = f"serves {' and '.join(queues or QUEUES)} too: stop it"
+        self.show(not others, f"worker {others}, which nobody thought of, {serves}")
 
     def tell(self, words: str) -> None:
         """Print what happens, with the seconds since the exercise began."""
@@ -525,7 +528,7 @@ class Player:
                 with suppress(WorkflowAlreadyStartedError):  # by another starter, or long ago
                     return await self.place(order_id=order_id, **fields)
             if order_id == wanted:
-                self.tell(f"{wanted} was asked for before, and would be the same: some cents more")
+                self.tell(f"{wanted} was asked for before; again would be the same: a cent more")
             # After the most that a charge may be, the least.
             fields["amount_cents"] = fields["amount_cents"] % 100_000_000 + 1
 
@@ -673,7 +676,7 @@ class Player:
             if await self.keyboard.line(0.2) is not None:
                 if not hands:
                     return True
-                self.tell("this is not done yet")
+                self.tell(f"not done yet: {what}")
 
     def say_part(self) -> None:
         """Print the next paragraph of README.md, as far as it is for so many terminals."""
@@ -777,6 +780,9 @@ class Player:
         """
         should = f", which should take {within:g} s" if within else ""
         result = await self.until(f"{order_id} has ended{should}", self.end_of, order_id)
+        attempts = [event for event in store.events_of(order_id) if event["attempt"]]
+        path = store.store_path()
+        self.show(bool(attempts), f"{path} does not know {order_id}: which has the worker?")
         for _ in range(100):  # 10 s: what comes late comes within 5
             rows = store.effects_of(order_id)
             fit = sorted(f"{row['kind']} {row['status']}" for row in rows) == sorted(effects)
@@ -784,9 +790,6 @@ class Player:
             if fit and not rare:
                 break
             await asyncio.sleep(0.1)
-        attempts = [event for event in store.events_of(order_id) if event["attempt"]]
-        path = store.store_path()
-        self.show(bool(attempts), f"{path} does not know {order_id}: which has the worker?")
         ledger = "; ".join(store.proof(row) for row in rows) or "nothing"
         took = time.time() - self.since
         # A person may be away; a machine, even a busy one, is that slow only if something hangs.
@@ -830,7 +833,7 @@ async def run_prompts(_: argparse.Namespace) -> None:
         finally:
             await goodbye(player)
     if unheld:
-        sys.exit(f"not held: {', '.join(NAMES[n] for n in sorted(unheld))}")
+        sys.exit(f"not held, or left before: {', '.join(NAMES[n] for n in sorted(unheld))}")
 
 
 def say_menu(number: int) -> int:
