@@ -590,7 +590,8 @@ def lanes(bars: list[Bar], columns: int = 79) -> list[str]:
             lane[at] = max(lane[at], character, key=RANK.index)
     seen = set(itertools.chain(*drawn.values()))
     legend = "   ".join(told for told in LEGEND.split(", ") if told[0] in seen)
-    for bar in sorted(bars, key=lambda bar: bar.begin - bar.end):  # the longest first
+    # Names where there is room, first of what went wrong, then of what took long.
+    for bar in sorted(bars, key=lambda bar: (bar.mark in "|>", bar.begin - bar.end)):
         if bar.name:
             write_name(drawn[bar.lane], bar.name, column[bar.begin], column[bar.end])
     lines = [("", clock), *((name, "".join(drawn[name])) for name in drawn)]
