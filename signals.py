@@ -685,8 +685,8 @@ def parse_arguments() -> argparse.Namespace:
         if verb == "update-address":
             sub.add_argument("address")
         if offered:
-            shape: dict[str, Any] = {"dest": "note", "metavar": "TEXT", "type": note, "default": ""}
-            sub.add_argument("--reason" if verb == "cancel" else "--note", help=NOTE_RULE, **shape)
+            word, text = "--reason" if verb == "cancel" else "--note", "why, up to 500 characters"
+            sub.add_argument(word, dest="note", metavar="TEXT", type=note, default="", help=text)
     return parser.parse_args()
 
 
