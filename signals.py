@@ -98,21 +98,17 @@ class Keyboard:
         while sys.stdin.isatty() and await self.line(0) is not None:
             pass
 
-    async def ask(self, question: str) -> str:
-        """Ask, and return the answer."""
-        await self.overhear()  # an Enter too many
-        print(question, end="", flush=True)
-        answer = await self.line()
-        if not sys.stdin.isatty():
-            print()
-        return answer or ""
-
-    async def prompt(self, question: str, default: str, read: Callable[[str], Any]) -> Any:
+    async def ask(self, question: str, default: str = "", read: Callable[[str], Any] = str) -> Any:
         """Ask until the answer can be read; nothing takes the default, if there is one."""
         question += f" [{default}]: " if default else ": "
         while True:
+            await self.overhear()  # an Enter too many
+            print(question, end="", flush=True)
+            answer = await self.line()
+            if not sys.stdin.isatty():
+                print()
             try:
-                return read(await self.ask(question) or default)
+                return read(answer or default)
             except argparse.ArgumentTypeError as error:
                 say(f"  {error}", indent=2)
 
@@ -212,7 +208,7 @@ async def offer(client: Client, verb: str) -> str:
     known = list(choices.values()).__contains__
     pick = partial(take, lambda typed: choices.get(typed, typed), known, rule)
     with suppress(EOFError):
-        return str(await Keyboard().prompt("Which one, or q", only, pick))
+        return str(await Keyboard().ask("Which one, or q", only, pick))
     print()  # Ctrl+D ends no line
     sys.exit(f"no {verb} was sent")
 

@@ -167,7 +167,7 @@ async def no_temporal(t: "Player") -> None:
 
 async def timer(t: "Player") -> None:
     """A durable wait keeps its deadline while no worker lives."""
-    asked = {name: await t.keyboard.prompt(*PROMPTS[name]) for name in PROMPTS if t.keyboard}
+    asked = {name: await t.keyboard.ask(*PROMPTS[name]) for name in PROMPTS if t.keyboard}
     asked = {"wait_seconds": 5} | asked
     order = await t.charge(**asked)
     await t.until("the wait has begun", t.in_history, order, "Wait before the charge")
@@ -185,7 +185,7 @@ async def charge(t: "Player") -> None:
     """A worker ends in the middle of a charge, by Ctrl+C and by kill -9: charged once."""
     for hard in (False, True):
         if hard and t.keyboard:
-            await t.keyboard.ask("Enter places a second charge: ")
+            await t.keyboard.ask("Enter places a second charge")
         order = await t.charge(simulate=SLOW)
         await t.until("the provider has charged; its answer, 5 s, is on the way", charged, order)
         await t.kill(hard)
@@ -828,7 +828,7 @@ async def run_prompts(_: argparse.Namespace) -> None:
             with suppress(EOFError):
                 while True:
                     default = str(say_menu(number))
-                    number = await keyboard.prompt("Number, name, or q", default, chosen)
+                    number = await keyboard.ask("Number, name, or q", default, chosen)
                     await lead(player, keyboard, number, unheld)
         finally:
             await goodbye(player)
@@ -855,16 +855,16 @@ async def lead(player: Player, keyboard: Keyboard, number: int, unheld: set[int]
     player.parts = f"\nExercise {number}: {title}\n{text}".split("\n\n")
     player.say_part()  # what it is about
     player.say_part()  # Predict.
-    await keyboard.ask("Enter begins: ")
+    await keyboard.ask("Enter begins")
     if await player.play(EXERCISES[number]) == "held":
         unheld.discard(number)
         store.note("the exercises", "held", {"number": number})  # which is no order's id
         player.say_part()  # Observe.
-        await keyboard.ask("Enter goes on: ")
+        await keyboard.ask("Enter goes on")
         player.say_part()  # Explain.
     else:
         say("So there is nothing to explain yet: try it again.")
-    await keyboard.ask("Enter: the menu ")
+    await keyboard.ask("Enter goes to the menu")
 
 
 async def goodbye(player: Player) -> None:

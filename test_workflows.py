@@ -1593,7 +1593,7 @@ def test_enter_all_the_way_plays_exercise_1_and_its_crash_is_real(stage: Stage) 
     assert terminal.talk(r"worker (\d+) +-? *X")[1] == str(victim)
     terminal.talk("requests 1, charged once", r"\nheld\r\n")
     terminal.talk((r"Observe\.(?s:.*)Enter goes on: ", ""))
-    terminal.talk((r"Explain\.(?s:.*)Enter: the menu ", ""), r"\nx  1 ", (r"q \[2\]: ", "x"))
+    terminal.talk((r"Explain\.(?s:.*)to the menu: ", ""), r"\nx  1 ", (r"q \[2\]: ", "x"))
     assert leave(terminal, b"\x03", r", and kept in temporal\.db") == 130
     assert not within(is_listening(server))
     audit = run("charge_store.py", "--audit", CHARGE_STORE=str(copy / "charge_store.db"))
@@ -1629,7 +1629,7 @@ async def test_what_showed_nothing_is_not_explained_and_is_offered_again(stage: 
     wing.start_worker()
     terminal = Terminal(HERE, "starter.py", **wing.environment())
     terminal.talk((r"q \[1\]: ", "charge"), ("Enter begins: ", ""), "Enter to stop worker")
-    told = terminal.talk((r"not shown: too late(?s:.*)Enter: the menu ", ""))[0]
+    told = terminal.talk((r"not shown: too late(?s:.*)to the menu: ", ""))[0]
     assert not re.search("Explain|Enter goes on", told)
     terminal.talk(r"q \[2\]: ")
     wing.start_worker()
@@ -1639,7 +1639,7 @@ async def test_what_showed_nothing_is_not_explained_and_is_offered_again(stage: 
     terminal.talk(("Enter to kill worker", ""))
     named = terminal.talk(r"not shown: [^(]*?(\d+)[^(]*serves")[1]
     assert int(named) in {worker.pid for worker in wing.workers}
-    terminal.talk(("Enter: the menu ", ""))
+    terminal.talk(("Enter goes to the menu: ", ""))
     assert leave(terminal, b"\x04", "; to end one: temporal workflow") == 1  # Ctrl+D
     assert "not held, or left before: timer, charge, nobody" in terminal.text
 
