@@ -148,15 +148,11 @@ class Screen:
 async def send(client: Client, options: argparse.Namespace) -> None:
     """Send approve, reject or cancel; say of a decision whether it is the one that stands."""
     handle, verb = await addressee(client, options), options.command
-    watch = f"see: {see('watch', handle.id)}"
     if verb == "cancel" and (await ask(handle))[1] == "COMPENSATING":
-        sys.exit(f"too late: {handle.id} is being undone already; {watch}")
+        sys.exit(f"too late: {handle.id} is being undone already; see: {see('watch', handle.id)}")
     await handle.signal(verb, options.note)
-    if verb == "cancel":
-        say(f"{handle.id}: cancel sent; {watch}")
-        return
     status, state = await ask(handle)
-    if status and not str(status["decision"]).startswith(verb):
+    if status and verb != "cancel" and not str(status["decision"]).startswith(verb):
         stands = status["decision"] or state
         sys.exit(f"{handle.id} is {stands} already: the {verb} was only recorded")
     say(f"{handle.id}: {verb} sent; {state}")
