@@ -163,10 +163,8 @@ def audit() -> tuple[int, list[str]]:
 
     A charge alone has no outcome; like an order that still runs it may have one effect of a kind.
     """
-    orders = execute(
-        "SELECT order_id FROM events WHERE type != 'held' UNION SELECT order_id FROM effects"
-    )
-    states = {row["order_id"]: "unfinished" for row in orders}
+    known = "SELECT order_id FROM events WHERE type != 'held' UNION SELECT order_id FROM effects"
+    states = {row["order_id"]: "unfinished" for row in execute(known)}
     for row in execute("SELECT * FROM events WHERE type = 'outcome' ORDER BY id"):
         states[row["order_id"]] = json.loads(row["payload_json"])["state"]  # the last run's stays
     counted = Counter((row["order_id"], row["status"]) for row in execute("SELECT * FROM effects"))
@@ -178,7 +176,7 @@ def audit() -> tuple[int, list[str]]:
                 violations.append(f"{order_id} ({state}): {found} x {kind} {status}")
         if state == "unfinished" and counted[order_id, "dispatched"] > counted[order_id, "charged"]:
             violations.append(f"{order_id} (unfinished): dispatched and not charged")
-    return len(orders), violations
+    return len(states), violations
 
 
 # The file.
