@@ -406,9 +406,8 @@ def run_script(main: Callable[[], int | None]) -> None:
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed by who started us
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace", line_buffering=True)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # stderr does both by itself
+        sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         be_quiet()
         sys.exit(main())
