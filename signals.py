@@ -480,10 +480,8 @@ async def show_lanes(handle: Handle) -> None:
     """Draw an order's life, and print its effects."""
     bars = find_bars(await read_history(handle), store.events_of(handle.id), time.time())
     columns = min(79, shutil.get_terminal_size().columns - 1)
-    for line in lanes(bars, columns):
-        print(printable(line))
-    for effect in store.effects_of(handle.id):
-        say(store.proof(effect))
+    for line in (*lanes(bars, columns), *map(store.proof, store.effects_of(handle.id))):
+        say(line)
     print()
 
 
