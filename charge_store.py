@@ -256,7 +256,7 @@ def fit(text: object, stream: TextIO, indent: int = 0) -> str:
     wrapper = textwrap.TextWrapper(columns - 1, subsequent_indent=" " * indent)
     wrapper.break_long_words = wrapper.break_on_hyphens = False
     words, _, typed = line.rpartition(": ")
-    if not words or ".py" not in typed:
+    if not words or not any(name in typed for name in (".py", "temporal ")):
         return wrapper.fill(line)
     return f"{wrapper.fill(words)}:\n{typed}"
 

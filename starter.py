@@ -662,11 +662,9 @@ class Player:
         self.say_part()  # Do.
         told = f"{'':10}{'Now' if hands else 'Enter to'} {what}"
         if typed:
-            short = len(told + typed) < 72  # a longer command stands alone, for copying
-            elsewhere = typed if hands else f"or: {typed}"
-            told += f" ({elsewhere})" if short else f":\n{typed}"
+            told += f": {typed}" if hands else f", or: {typed}"
         await self.keyboard.overhear()
-        print(told, flush=True)
+        say(told)
         hurry = not await self.over()  # before the orders end
         while True:
             over = hurry and await self.over()

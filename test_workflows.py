@@ -1608,7 +1608,7 @@ def test_exercise_2_sees_what_a_person_does_in_other_terminals(stage: Stage) -> 
     terminal.talk((r"q \[1\]: ", "2"), ("Enter begins: ", ""))
     for stop, seen in ((signal.SIGINT, "has stopped"), (signal.SIGKILL, "is dead")):
         worker = wing.workers.pop()
-        terminal.talk(rf"Enter to (stop|kill) worker {worker.pid} ")
+        terminal.talk(rf"Enter to (stop|kill) worker {worker.pid},")
         worker.send_signal(stop)
         worker.wait(LONG)
         terminal.talk(f"worker {worker.pid} {seen}", "Now ")
@@ -1640,7 +1640,7 @@ async def test_what_showed_nothing_is_not_explained_and_is_offered_again(stage: 
     named = terminal.talk(r"not shown: [^(]*?(\d+)[^(]*serves")[1]
     assert int(named) in {worker.pid for worker in wing.workers}
     terminal.talk(("Enter goes to the menu: ", ""))
-    assert leave(terminal, b"\x04", "; to end one: temporal workflow") == 1  # Ctrl+D
+    assert leave(terminal, b"\x04", r"; to end one:\s+temporal workflow") == 1  # Ctrl+D
     assert "not held, or left before: timer, charge, nobody" in terminal.text
 
 
@@ -1833,15 +1833,17 @@ def test_a_task_that_a_message_overtook_is_no_failure_of_the_code() -> None:
 
 def test_a_narrow_terminal_gets_a_command_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "60")
-    typed = "/a/long/path/to/python signals.py approve order-12345678-of-many-words"
-    for message in (f"decide: {typed}", f"{'word ' * 20}; see: {typed}"):
+    ours = "/a/long/path/to/python signals.py approve order-12345678-of-many-words"
+    temporals = "temporal workflow reset --type FirstWorkflowTask --workflow-id order-12345678"
+    told = (f"decide: {ours}", f"{'word ' * 20}; see: {ours}", f"          or: {temporals}")
+    for message, typed in zip(told, (ours, ours, temporals), strict=True):
         terminal, pipe = io.StringIO(), io.StringIO()
         terminal.isatty = lambda: True  # type: ignore[method-assign]
         *words, last = store.fit(message, terminal).splitlines()
         assert last == typed and max(map(len, words)) < 60
         assert store.fit(message, pipe) == message
     # What was typed as an answer is no command of ours.
-    assert max(map(len, store.fit(f"no {typed}{', word' * 20}", terminal).splitlines())) < 80
+    assert max(map(len, store.fit(f"no {ours}{', word' * 20}", terminal).splitlines())) < 80
 
 
 @beside
