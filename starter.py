@@ -17,7 +17,6 @@ import signal
 import socket
 import subprocess
 import sys
-import textwrap
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -1104,9 +1103,9 @@ given = partial(take, str, bool, "must not be empty")  # which is not the same a
 def add_orders(commands: Any) -> None:
     """Add the commands that place one order; their options are its fields."""
     faults = "\n".join(f"  {name:13} {meaning}" for name, meaning in FAULTS.items())
-    steps = textwrap.fill(f"STEP is one of {', '.join(STEPS)}.", 79)
+    which = f"STEP is one of {', '.join(STEPS)}"
     shape: dict[str, Any] = {
-        "epilog": f"{steps} FAULT is one of\n{faults}",
+        "epilog": f"FAULT is one of\n{faults}",
         "formatter_class": argparse.RawDescriptionHelpFormatter,
         "argument_default": argparse.SUPPRESS,  # a field that is not given has its own default
     }
@@ -1118,7 +1117,7 @@ def add_orders(commands: Any) -> None:
         sub.add_argument("--customer-id", help="default customer-123")
         sub.add_argument("--amount", dest="amount_cents", type=cents, help="default 99.99")
         sub.add_argument("--wait", dest="wait_seconds", type=float, help="seconds; default 0")
-        sub.add_argument("--simulate", action="append", metavar="STEP=FAULT")
+        sub.add_argument("--simulate", action="append", metavar="STEP=FAULT", help=which)
         sub.add_argument("--wait-result", action="store_true", help="follow it to its end")
     order.add_argument("--payment-id", type=given, help="default pay-<order id>")
     order.add_argument("--address", help="default 1 Main Street")
