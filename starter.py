@@ -964,7 +964,7 @@ class Crowd:
         seconds = 120 + self.options.orders + 2 * self.options.wait_seconds + 8 * self.options.kills
         try:
             async with asyncio.timeout(seconds), asyncio.TaskGroup() as jobs:
-                jobs.create_task(self.place_all())
+                jobs.create_task(self.place_all(jobs))
                 jobs.create_task(self.kill_some())
                 await self.watch(t.screen)
         except TimeoutError:
@@ -1002,9 +1002,9 @@ class Crowd:
             screen.show(self.line())
             await asyncio.sleep(0.5)
 
-    async def place_all(self) -> None:
+    async def place_all(self, jobs: asyncio.TaskGroup) -> None:
         """Place the orders, not too many in flight, spread over the kills, as people would."""
-        pause, treating = 1.5 * self.options.kills / self.options.orders, []
+        pause = 1.5 * self.options.kills / self.options.orders
         for order_id, (_, fields, signal_name) in self.drawn.items():
             waits = self.options.wait_seconds  # then all may be in flight
             while not waits and len(self.placed) - len(store.execute(OUTCOMES)) >= IN_FLIGHT:
@@ -1012,9 +1012,8 @@ class Crowd:
             self.placed[order_id] = time.time()
             # When 10,000 wake, an order may have its next turn only minutes later: not its fault.
             raw = PATIENT | {"deadline_seconds": 86_400} | fields | {"order_id": order_id}
-            treating.append(asyncio.create_task(self.treat(raw, signal_name)))
+            jobs.create_task(self.treat(raw, signal_name))
             await asyncio.sleep(pause)
-        await asyncio.gather(*treating)
 
     async def treat(self, raw: dict[str, Any], signal_name: str) -> None:
         """Place an order and signal it; call again while the server is down."""
