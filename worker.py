@@ -232,7 +232,7 @@ class Stage:
             why = errors.read().decode(errors="replace").partition("\n")[0]
         sys.exit(f"cannot start a Temporal server: {why}")
 
-    async def kill_server(self) -> None:
+    def kill_server(self) -> None:
         """Kill the server at once, as kill -9 does."""
         if self.server:
             self.server.kill()
@@ -257,7 +257,6 @@ class Stage:
         """Kill a worker at once, as kill -9 does."""
         worker.kill()
         worker.wait()
-        self.workers.remove(worker)
 
     def revive(self) -> None:
         """Start another worker for each that has died."""
@@ -274,11 +273,11 @@ class Stage:
         log = self.logs.read_text(encoding="utf-8", errors="replace") if self.logs else ""
         return log.strip().rpartition("\n")[2]
 
-    async def aclose(self) -> None:
+    def close(self) -> None:
         """Kill all that still runs."""
-        for worker in list(self.workers):
+        for worker in self.workers:
             self.kill_worker(worker)
-        await self.kill_server()
+        self.kill_server()
 
 
 def start_apart(words: list[str], **options: Any) -> subprocess.Popen[bytes]:
@@ -318,7 +317,7 @@ async def private_stage() -> AsyncIterator[Stage]:
             await stage.start_server()
             yield stage
         finally:
-            await stage.aclose()
+            stage.close()
             store.close()
             os.environ["CHARGE_STORE"] = ledger
 
