@@ -84,8 +84,8 @@ async def place(options: argparse.Namespace) -> None:
             say(f"{order.order_id} is running already: attached to it, nothing was started")
         page = f"namespaces/{client.namespace}/workflows/{order.order_id}"
         say(f"see it: {worker.web_ui(stage.address)}/{page}")
-        if stage.ours or options.wait_result:
-            await signals.follow(client, order.order_id, stage.revive if stage.ours else None)
+        if stage.server or options.wait_result:
+            await signals.follow(client, order.order_id, stage.revive if stage.server else None)
         else:
             say((await signals.picture(handle))[0])
 
@@ -107,14 +107,14 @@ async def temporal(quiet: bool) -> AsyncIterator[Stage]:
     """
     address = worker.DEFAULT_ADDRESS
     if worker.client_config() or await worker.is_listening(address):
-        stage = Stage(HERE, 0)
-        stage.client = await worker.connect()
-        stage.address = stage.client.service_client.config.target_host
+        client = await worker.connect()
+        stage = Stage(HERE, client.service_client.config.target_host)
+        stage.client = client
         yield stage
         return
     with TemporaryDirectory(prefix="orders-", ignore_cleanup_errors=True) as folder:
         logs = Path(folder) / "workers.log" if quiet else None
-        with closing(Stage(HERE, int(address.rpartition(":")[2]), logs)) as stage:
+        with closing(Stage(HERE, address, logs)) as stage:
             say(f"no server at {address}: starting one, and a worker, while this runs")
             await stage.start_server()
             kept = worker.nearby(HERE / "temporal.db")
@@ -466,7 +466,7 @@ class Player:
 
     async def prepare(self) -> None:
         """Have one worker; on a stage of ours a new one, of a copy of our scripts, to be edited."""
-        if self.stage.ours:
+        if self.stage.server:
             for process in self.stage.workers:
                 self.stage.kill_worker(process)
             if await self.server_is_dead():
@@ -479,7 +479,7 @@ class Player:
             self.stage.start_worker()
         # One that was killed a moment ago could be given the next task; it would take 10 s to see.
         await self.until("a worker is there", self.served)
-        if self.stage.ours:
+        if self.stage.server:
             await self.expect_alone()
 
     async def expect_alone(self, *queues: str) -> None:
@@ -656,7 +656,7 @@ class Player:
         """
         if not self.keyboard:
             return True
-        if self.stage.ours and hands:
+        if self.stage.server and hands:
             hands, typed = False, ""
         self.say_part()  # Do.
         told = f"{'':10}{'Now' if hands else 'Enter to'} {what}"
@@ -677,7 +677,7 @@ class Player:
 
     def say_part(self) -> None:
         """Print the next paragraph of README.md, as far as it is for so many terminals."""
-        elsewhere = r"\s*With\s+three\s+terminals:.*" if self.stage.ours else "$"
+        elsewhere = r"\s*With\s+three\s+terminals:.*" if self.stage.server else "$"
         print(re.sub(elsewhere, "", self.parts.pop(0), flags=re.DOTALL) + "\n", flush=True)
 
     def did(self, words: str) -> None:
@@ -716,7 +716,7 @@ class Player:
     async def edit(self, change: Edit) -> None:
         """Change a line of our scripts: in the copy that our worker runs, or by hand."""
         file, text, instead = change
-        which = f"a copy of {file}" if self.stage.ours else file
+        which = f"a copy of {file}" if self.stage.server else file
         what = f"change {which}" if instead else f"undo the change of {which}"
         if await self.turn(what, edited, self.stage.code, change, hands=True):
             source = (HERE / file).read_text(encoding="utf-8")
@@ -758,7 +758,7 @@ class Player:
         said = "it is done"
         if await self.turn("run this", sight or (lambda: False), *given, typed=typed):
             pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-            environment = self.stage.environment() if self.stage.ours else None
+            environment = self.stage.environment() if self.stage.server else None
             program += words
             process = await asyncio.create_subprocess_exec(*program, env=environment, **pipes)
             said = (await process.communicate())[0].decode().strip() or said
@@ -870,7 +870,7 @@ async def goodbye(player: Player) -> None:
     with suppress(Verdict):
         await asyncio.gather(*(player.sees(player.end_of, id_) for id_ in player.running))
     kept = f"{', '.join(sorted(player.running))}: not done yet"
-    if player.running and player.stage.ours:
+    if player.running and player.stage.server:
         say(f"{kept}, and kept in temporal.db; the next start goes on with it")
     elif player.running:
         say(f"{kept}; to end one: temporal workflow cancel -w ID")

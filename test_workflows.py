@@ -190,7 +190,7 @@ class Wing(Stage):
     def __init__(self, stage: Stage, own_ledger: bool = False) -> None:
         """Take a namespace, which no other has."""
         name = NAMESPACES.pop()
-        super().__init__(stage.folder / name, stage.port, stage.folder / f"{name}.log")
+        super().__init__(stage.folder / name, stage.address, stage.folder / f"{name}.log")
         self.folder.mkdir()
         self.client = Client(stage.client.service_client, namespace=name)
         self.main, self.store = stage, (self if own_ledger else stage).folder / "charge_store.db"
@@ -1331,7 +1331,7 @@ async def test_the_server_command_is_the_server_and_keeps_its_data(stage: Stage)
         with subprocess.Popen(words, **pipes) as server:
             await seen(is_listening, address)
             if known:
-                answers(run("worker.py", "server", code=copy), 1, f"port {port} is taken")
+                answers(run("worker.py", "server", code=copy), 1, f"{address} is taken")
             order = run("starter.py", "order", "kept", code=copy, TEMPORAL_ADDRESS=address)
             answers(order, 0, "is running already" if known else "kept started")
             server.kill()
@@ -1381,7 +1381,8 @@ def composed_arguments() -> list[str]:
 
 
 def test_docker_compose_starts_the_server_with_the_flags_of_the_scripts() -> None:
-    ours, kinds = Stage(HERE, 7233).server_command(), ("--sqlite-pragma", "--dynamic-config-value")
+    kinds = ("--sqlite-pragma", "--dynamic-config-value")
+    ours = Stage(HERE, NOWHERE).server_command()
     flags = [f"{flag}={value}" for flag, value in itertools.pairwise(ours) if flag in kinds]
     assert [word for word in composed_arguments() if word in flags] == flags != []
 
@@ -1389,7 +1390,8 @@ def test_docker_compose_starts_the_server_with_the_flags_of_the_scripts() -> Non
 def test_the_readmes_curl_commands_take_an_order_to_its_end(stage: Stage) -> None:
     section = README.split("\n## The same with `curl`\n")[1].split("\n## ")[0]
     script = "\necho\n".join(re.findall(r"```bash\n(.*?)```", section, re.DOTALL))
-    script = script.replace("localhost:7243", f"127.0.0.1:{stage.port + 10}")
+    port = int(stage.address.rpartition(":")[2]) + 10
+    script = script.replace("localhost:7243", f"127.0.0.1:{port}")
     done = subprocess.run(["bash", "-ec", script], capture_output=True, text=True, timeout=LONG)
     assert done.returncode == 0, done
     answers = done.stdout.replace(" ", "")
@@ -1414,7 +1416,7 @@ def test_each_file_and_each_of_our_flags_in_the_readme_exists() -> None:
 
 def counting() -> Any:
     """Make a player that does nothing, and notes what a person would be asked to do."""
-    player: Any = Player(Stage(HERE, 0))
+    player: Any = Player(Stage(HERE, NOWHERE))
     player.orders = [""]
     player.turn = AsyncMock(return_value=False)
     player.place, player.in_history = AsyncMock(return_value=""), AsyncMock(return_value=[0.0] * 2)
@@ -1478,7 +1480,7 @@ def test_what_the_audit_finds_does_not_hold_whatever_else_was_shown(empty_store:
             store.perform("charge", key, "twice", "c", 5)
         t.show(False, "something")
 
-    player: Any = Player(Stage(HERE, 0))
+    player: Any = Player(Stage(HERE, NOWHERE))
     player.prepare = AsyncMock()
     assert within(player.play(charge_twice)).startswith("NOT HELD: twice (unfinished): 2 x charge")
 

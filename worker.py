@@ -200,22 +200,21 @@ SERVER_FLAGS = [
 class Stage:
     """A Temporal server and workers of our own: start, kill and revive them."""
 
-    def __init__(self, folder: Path, port: int, logs: Path | None = None) -> None:
+    def __init__(self, folder: Path, address: str, logs: Path | None = None) -> None:
         """Keep the server's data in the folder; the workers write to `logs`, or to the screen."""
-        self.folder, self.port, self.logs, self.code = folder, port, logs, HERE
-        self.ours = port > 0  # 0: others run the server and the workers
-        self.address = f"127.0.0.1:{port}"
-        self.server: subprocess.Popen[bytes] | None = None
+        self.folder, self.address, self.logs, self.code = folder, address, logs, HERE
+        self.server: subprocess.Popen[bytes] | None = None  # then others run it, and the workers
         self.client: Client
         self.workers: list[subprocess.Popen[bytes]] = []
         self.failed = 0
 
     def server_command(self) -> list[str]:
         """Spell the server's command; the HTTP API stands 10 ports higher, as 7243 does."""
-        ports = ["--http-port", str(self.port + 10), "--ui-port", str(self.port + 1000)]
+        port = int(self.address.rpartition(":")[2])
+        ports = ["--http-port", str(port + 10), "--ui-port", str(port + 1000)]
         data = ["--db-filename", str(self.folder / "temporal.db")]
         quiet = ["--log-level", "never", "--output", "none"]
-        serve = [temporal_binary(), "server", "start-dev", "--port", str(self.port)]
+        serve = [temporal_binary(), "server", "start-dev", "--port", str(port)]
         return [*serve, *ports, *data, *quiet, *SERVER_FLAGS]
 
     async def start_server(self) -> None:
@@ -311,7 +310,7 @@ async def private_stage() -> AsyncIterator[Stage]:
     """Set a stage in a temporary folder, with a ledger of its own; leave nothing behind."""
     ledger = os.environ.get("CHARGE_STORE", "")
     with TemporaryDirectory(prefix="orders-", ignore_cleanup_errors=True) as folder:
-        stage = Stage(Path(folder), free_port(), Path(folder) / "workers.log")
+        stage = Stage(Path(folder), f"127.0.0.1:{free_port()}", Path(folder) / "workers.log")
         os.environ["CHARGE_STORE"] = str(stage.folder / "charge_store.db")
         try:
             await stage.start_server()
@@ -336,12 +335,11 @@ def is_process(pid: int) -> bool:
 
 async def run_server() -> int:
     """Be the Temporal server, on the default port, with its data in temporal.db."""
-    stage = Stage(HERE, int(DEFAULT_ADDRESS.rpartition(":")[2]))
     if await is_listening(DEFAULT_ADDRESS):
-        sys.exit(f"port {stage.port} is taken: a Temporal server or another program runs there")
+        sys.exit(f"{DEFAULT_ADDRESS} is taken: a Temporal server or another program runs there")
     say(f"server {os.getpid()} at {DEFAULT_ADDRESS}, Web UI: {web_ui(DEFAULT_ADDRESS)}")
     say(f"data: {nearby(HERE / 'temporal.db')}  kill it: {kill_command(os.getpid())}")
-    words = stage.server_command()
+    words = Stage(HERE, DEFAULT_ADDRESS).server_command()
     if sys.platform == "win32":
         return subprocess.call(words)
     os.execv(words[0], words)  # in our place: the pid above is the server's own
