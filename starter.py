@@ -6,7 +6,6 @@ does, by the words of README.md (without arguments). `chaos` and `load` place a 
 
 import argparse
 import asyncio
-import inspect
 import json
 import os
 import random
@@ -14,7 +13,6 @@ import re
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -576,7 +574,7 @@ class Player:
             # On Windows each worker that is listed takes a command to look at.
             async with asyncio.timeout(3 if os.name == "nt" else 1.5):
                 seen = sight(*given)
-                return await seen if inspect.isawaitable(seen) else seen
+                return await seen if asyncio.iscoroutine(seen) else seen
         return None
 
     async def over(self) -> str:
@@ -627,12 +625,12 @@ class Player:
 
         The server lists dead ones too, for over a minute: its list alone is no proof of life.
         """
-        describe = self.stage.client.workflow_service.describe_task_queue
-        namespace, here = self.stage.client.namespace, socket.gethostname()
-        found = set[int]()
+        client, found = self.stage.client, set[int]()
+        describe = client.workflow_service.describe_task_queue
+        here = client.identity.partition("@")[2]  # who asks is called pid@machine, as we are
         for queue in queues or QUEUES:
             task_queue = TaskQueue(name=queue)
-            request = DescribeTaskQueueRequest(namespace=namespace, task_queue=task_queue)
+            request = DescribeTaskQueueRequest(namespace=client.namespace, task_queue=task_queue)
             with suppress(RPCError):
                 answer = await describe(request, timeout=signals.RPC_TIMEOUT)
                 names = [poller.identity.partition("@") for poller in answer.pollers]
