@@ -336,7 +336,8 @@ async def points(t: "Player") -> None:
         ("dispatch_carrier", "crash-after", {"dispatch": 2}),
     ):
         order = await t.place(simulate={step: fault})
-        await t.until(f"the worker has died: {fault} of {step}", t.died, order, step)
+        pid = await t.until(f"the worker has died: {fault} of {step}", died, order, step)
+        t.note("killed", worker=pid)
         await t.expect_alone()
         await t.start()
         await t.ends(order, "COMPLETED", ONCE, within=4, **asked)
@@ -393,6 +394,12 @@ def charged(order_id: str) -> bool:
 def begun(order_id: str, type_: str, times: int = 1) -> bool:
     """Tell whether so many attempts at a step have begun, or so many messages have come."""
     return store.count(order_id, type_) >= times
+
+
+def died(order_id: str, step: str) -> int:
+    """Name the process of the newest attempt at a step, if it is dead."""
+    pids: list[int] = [event["worker"] for event in store.events_of(order_id, step)]
+    return pids[-1] if pids and not is_process(pids[-1]) else 0
 
 
 def edited(folder: Path, change: Edit) -> bool:
@@ -607,14 +614,6 @@ class Player:
         events = await signals.read_history(self.handle(order_id))
         told = [(e.at, signals.SENTENCES[e.kind](e)) for e in events if e.kind in signals.SENTENCES]
         return [at for at, sentence in told if words in sentence]
-
-    def died(self, order_id: str, step: str) -> bool:
-        """Tell whether the process of the newest attempt at a step is dead."""
-        attempts = store.events_of(order_id, step)
-        if not attempts or is_process(attempts[-1]["worker"]):
-            return False
-        self.note("killed", worker=attempts[-1]["worker"])
-        return True
 
     async def server_is_dead(self) -> bool:
         """Tell whether nothing listens where the server was."""
