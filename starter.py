@@ -44,7 +44,7 @@ from activities import FAULTS, RULES, SLOW_SECONDS, STEPS, number, parse_order
 from charge_store import printable, say
 from signals import Keyboard, Screen, end_of, positive, take
 from worker import HERE, Stage, command, is_process
-from workflows import ORDERS_QUEUE, SHIPPING_QUEUE
+from workflows import ORDERS_QUEUE
 
 # One order or charge.
 
@@ -251,7 +251,6 @@ async def shipping(t: "Player") -> None:
     await t.start("orders")
     order = await t.place()
     await t.until("the order is paid; its package waits", t.in_history, order, "ship-")
-    await t.expect_alone(SHIPPING_QUEUE)
     await t.start("shipping")
     await t.ends(order, "COMPLETED", ONCE, within=2)
     order = await t.place(simulate={"dispatch_carrier": "down"}, max_attempts=3)
@@ -338,7 +337,6 @@ async def points(t: "Player") -> None:
         order = await t.place(simulate={step: fault})
         pid = await t.until(f"the worker has died: {fault} of {step}", died, order, step)
         t.note("killed", worker=pid)
-        await t.expect_alone()
         await t.start()
         await t.ends(order, "COMPLETED", ONCE, within=4, **asked)
         t.show(store.count(order, step) >= 2, "there was no second attempt")
@@ -414,9 +412,6 @@ def edited(folder: Path, change: Edit) -> bool:
 # The player.
 
 
-QUEUES = (ORDERS_QUEUE, SHIPPING_QUEUE)
-
-
 class Verdict(Exception):
     """Something is not as it must be, or what the exercise is about did not happen."""
 
@@ -487,11 +482,11 @@ class Player:
         if self.stage.server:
             await self.expect_alone()
 
-    async def expect_alone(self, *queues: str) -> None:
+    async def expect_alone(self, role: str = "all") -> None:
         """Look whether workers that are not ours serve; then no death would show anything."""
-        ours = [process.pid for process in self.stage.workers]
+        ours, queues = [process.pid for process in self.stage.workers], worker.ROLES[role]
         others = ", ".join(str(pid) for pid in await self.pollers(*queues) if pid not in ours)
-        serves = f"serves {' and '.join(queues or QUEUES)} too: stop it"
+        serves = f"serves {' and '.join(queues)} too: stop it"
         self.show(not others, f"worker {others}, which nobody thought of, {serves}")
 
     def tell(self, words: str) -> None:
@@ -564,10 +559,10 @@ class Player:
         if await self.server_is_dead():
             return f"no server{hint} server"
         starting = any(process.poll() is None for process in self.stage.workers)
-        if not starting and not await self.pollers():
+        if not starting and not await self.pollers(*worker.ROLES["all"]):
             return f"no worker{hint}"
         # In exercise 8 none ships, on purpose.
-        for queue in () if starting else QUEUES[: 1 if self.orders else 2]:
+        for queue in () if starting else worker.ROLES["orders" if self.orders else "all"]:
             if not await self.pollers(queue):
                 return f"no worker serves {queue}{hint} {queue.removesuffix('-tq')}"
         for order_id in self.orders:
@@ -627,7 +622,7 @@ class Player:
         client, found = self.stage.client, set[int]()
         describe = client.workflow_service.describe_task_queue
         here = client.identity.partition("@")[2]  # who asks is called pid@machine, as we are
-        for queue in queues or QUEUES:
+        for queue in queues:
             task_queue = TaskQueue(name=queue)
             request = DescribeTaskQueueRequest(namespace=client.namespace, task_queue=task_queue)
             with suppress(RPCError):
@@ -638,8 +633,7 @@ class Player:
 
     async def served(self, role: str = "all") -> bool:
         """Tell whether each task queue of a role has a worker."""
-        queues = [queue for queue in QUEUES if role in ("all", queue.removesuffix("-tq"))]
-        return all([await self.pollers(queue) for queue in queues])
+        return all([await self.pollers(queue) for queue in worker.ROLES[role]])
 
     # What is done. Each act asks for its turn, which is one **Do.** of README.md.
 
@@ -700,10 +694,10 @@ class Player:
                 await asyncio.sleep(0.02)
         self.did(f"worker {pid} {is_now}")
         self.note("killed" if hard else "stopped", worker=pid)
-        await self.expect_alone()
 
     async def start(self, role: str = "all") -> None:
-        """Start a worker, of all task queues or one."""
+        """Start a worker, of all task queues or one, which nobody serves yet."""
+        await self.expect_alone(role)
         what = "start another worker" if role == "all" else f"start a worker for {role} only"
         typed = f"{command('worker.py')} {role}".removesuffix(" all")
         if await self.turn(what, self.served, role, typed=typed, hands=True):

@@ -1467,7 +1467,7 @@ def test_what_was_done_otherwise_than_asked_for_does_not_hold(
     monkeypatch.setattr("charge_store.events_of", lambda *_: seen)
     player = counting()
     player.show, player.kill = partial(Player.show, player), AsyncMock()
-    player.pollers = AsyncMock(return_value=[1])
+    player.pollers = AsyncMock(return_value=[1] * (not seen))
     player.shell = AsyncMock(return_value="too late, the order is SHIPPING")
     with pytest.raises(Verdict, match=f"not shown: .*{verdict}"):
         within(EXERCISES[NAMES.index(name)](player))
@@ -1487,7 +1487,7 @@ def test_what_the_audit_finds_does_not_hold_whatever_else_was_shown(empty_store:
 
 def test_a_worker_that_serves_one_queue_is_none_for_the_other() -> None:
     player = counting()
-    player.pollers = AsyncMock(side_effect=lambda *queues: [1] * (SHIPPING_QUEUE not in queues))
+    player.pollers = AsyncMock(side_effect=lambda *queues: [1] * (ORDERS_QUEUE in queues))
     player.server_is_dead = AsyncMock(return_value=False)
     player.orders = []
     for role, serves in ("orders", True), ("shipping", False), ("all", False):

@@ -55,6 +55,8 @@ BEAT = timedelta(seconds=0.4)  # a sign of life is passed on so often; 0.8 s: ne
 POLLS = 40  # tasks fetched at once; 5: a busy worker fetches late and replays, 8 % more CPU
 CACHED = 230  # orders in memory, and as many children, 0.15 MB a pair; 1000: more than 200 MB
 THREADS = 32  # activities at once; most of them wait, for the ledger
+ROLES = {"orders": [ORDERS_QUEUE], "shipping": [SHIPPING_QUEUE]}  # each with its task queues
+ROLES["all"] = [ORDERS_QUEUE, SHIPPING_QUEUE]
 
 
 def make_workers(client: Client, role: str) -> list[Worker]:
@@ -78,7 +80,7 @@ def make_workers(client: Client, role: str) -> list[Worker]:
             sticky_queue_schedule_to_start_timeout=STICKY,
         )
         for queue, (workflows, activities) in served.items()
-        if role in ("all", queue.removesuffix("-tq"))
+        if queue in ROLES[role]
     ]
 
 
@@ -428,9 +430,8 @@ def run_script(main: Callable[[], int | None]) -> None:
 def main() -> None:
     """Run a worker, or a server."""
     parser = Parser(description="Run a worker until Ctrl+C. LOG_LEVEL sets how much it says.")
-    roles = ["all", "orders", "shipping", "server"]
     text = "which task queues to serve; or server: be the Temporal server"
-    parser.add_argument("role", nargs="?", choices=roles, default="all", help=text)
+    parser.add_argument("role", nargs="?", choices=[*ROLES, "server"], default="all", help=text)
     role = parser.parse_args().role
     if role == "server":
         sys.exit(asyncio.run(run_server()))
