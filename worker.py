@@ -59,45 +59,36 @@ ROLES = {"orders": [ORDERS_QUEUE], "shipping": [SHIPPING_QUEUE]}  # each with it
 ROLES["all"] = [ORDERS_QUEUE, SHIPPING_QUEUE]
 
 
-def make_workers(client: Client, role: str) -> list[Worker]:
-    """Make the worker of each task queue that the role serves."""
-    served: dict[str, tuple[list[Any], list[Any]]] = {
-        ORDERS_QUEUE: ([ChargeWorkflow, OrderWorkflow], ORDER_STEPS),
-        SHIPPING_QUEUE: ([ShippingWorkflow], SHIPPING_STEPS),
-    }
-    return [
-        Worker(
-            client,
-            task_queue=queue,
-            workflows=workflows,
-            activities=activities,
-            activity_executor=ThreadPoolExecutor(THREADS),
-            # More than there are threads would wait in line with their timeouts running.
-            max_concurrent_activities=THREADS,
-            max_heartbeat_throttle_interval=BEAT,
-            workflow_task_poller_behavior=PollerBehaviorSimpleMaximum(POLLS),
-            max_cached_workflows=CACHED,
-            sticky_queue_schedule_to_start_timeout=STICKY,
-        )
-        for queue, (workflows, activities) in served.items()
-        if queue in ROLES[role]
-    ]
+def make_worker(client: Client, queue: str) -> Worker:
+    """Make the worker of one task queue."""
+    orders = queue == ORDERS_QUEUE
+    return Worker(
+        client,
+        task_queue=queue,
+        workflows=[ChargeWorkflow, OrderWorkflow] if orders else [ShippingWorkflow],
+        activities=ORDER_STEPS if orders else SHIPPING_STEPS,
+        activity_executor=ThreadPoolExecutor(THREADS),
+        # More than there are threads would wait in line with their timeouts running.
+        max_concurrent_activities=THREADS,
+        max_heartbeat_throttle_interval=BEAT,
+        workflow_task_poller_behavior=PollerBehaviorSimpleMaximum(POLLS),
+        max_cached_workflows=CACHED,
+        sticky_queue_schedule_to_start_timeout=STICKY,
+    )
 
 
 async def serve(role: str) -> None:
     """Serve the role's task queues until stopped."""
     cancel_on("SIGINT")
     client = await connect()
-    workers = make_workers(client, role)
     address = client.service_client.config.target_host
-    queues = " and ".join(worker.task_queue for worker in workers)
-    say(f"worker {os.getpid()} serves {queues} at {address}")
+    say(f"worker {os.getpid()} serves {' and '.join(ROLES[role])} at {address}")
     say(f"Web UI: {web_ui(address)}  ledger: {nearby(store.store_path())}")
     say(f"kill it: {kill_command(os.getpid())}  stop it: Ctrl+C")
     # Ctrl+C, or one that fails, cancels all; each tells its activities to stop, and waits for them.
     async with asyncio.TaskGroup() as running:
-        for worker in workers:
-            running.create_task(worker.run())
+        for queue in ROLES[role]:
+            running.create_task(make_worker(client, queue).run())
 
 
 # Connecting.
