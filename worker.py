@@ -123,15 +123,6 @@ def client_config() -> dict[str, Any]:
         sys.exit(f"cannot read the Temporal configuration: {printable(error)}")
 
 
-def be_quiet() -> None:
-    """Keep the log lines of the SDK's core from the screen; what is wrong we say ourselves."""
-    warnings.filterwarnings("ignore", module="temporalio")
-    # Without this pause the SDK can crash while Python exits (sdk-python issue 300).
-    atexit.register(time.sleep, 0.1)
-    atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)  # a second Ctrl+C in that
-    Runtime.set_default(Runtime(telemetry=TelemetryConfig(logging=None)))
-
-
 async def connect() -> Client:
     """Connect within 4 s, or exit with a line that says what to do."""
     converter = DataConverter(payload_converter_class=TolerantConverter)
@@ -398,8 +389,13 @@ def run_script(main: Callable[[], int | None]) -> None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):  # stderr does both by itself
         sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
+    # Without this pause the SDK can crash while Python exits (sdk-python issue 300).
+    atexit.register(time.sleep, 0.1)
+    atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)  # a second Ctrl+C in that
     try:
-        be_quiet()
+        # What is wrong we say ourselves, not the SDK in log lines.
+        warnings.filterwarnings("ignore", module="temporalio")
+        Runtime.set_default(Runtime(telemetry=TelemetryConfig(logging=None)))
         sys.exit(main())
     except SystemExit as stop:
         if not isinstance(stop.code, str):
