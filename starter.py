@@ -114,9 +114,8 @@ async def temporal(quiet: bool) -> AsyncIterator[Stage]:
         logs = Path(folder) / "workers.log" if quiet else None
         with closing(Stage(HERE, address, logs)) as stage:
             say(f"no server at {address}: starting one, and a worker, while this runs")
+            say(f"unfinished orders stay in {worker.nearby(HERE / 'temporal.db')}")
             await stage.start_server()
-            kept = worker.nearby(HERE / "temporal.db")
-            say(f"Web UI: {worker.web_ui(address)}  unfinished orders stay in {kept}")
             stage.start_worker()
             yield stage
 
