@@ -195,11 +195,10 @@ class Stage:
     def server_command(self) -> list[str]:
         """Spell the server's command; the HTTP API stands 10 ports higher, as 7243 does."""
         port = int(self.address.rpartition(":")[2])
-        ports = ["--http-port", str(port + 10), "--ui-port", str(port + 1000)]
+        ports = ["--port", str(port), "--http-port", str(port + 10)]
         data = ["--db-filename", str(self.folder / "temporal.db")]
         quiet = ["--log-level", "never", "--output", "none"]
-        serve = [temporal_binary(), "server", "start-dev", "--port", str(port)]
-        return [*serve, *ports, *data, *quiet, *SERVER_FLAGS]
+        return [temporal_binary(), "server", "start-dev", *ports, *data, *quiet, *SERVER_FLAGS]
 
     async def start_server(self) -> None:
         """Start the server, or start it again on the same file, and connect to it."""
