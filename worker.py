@@ -25,7 +25,7 @@ import time
 import warnings
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, asynccontextmanager, nullcontext, suppress
+from contextlib import asynccontextmanager, nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
@@ -282,9 +282,9 @@ def free_port() -> int:
         # Below the ports that systems give to clients: a client that keeps calling a killed server
         # could otherwise be given that very port, and the server could not come back on it.
         port = random.randrange(20_000, 30_000)
-        with ExitStack() as probes, suppress(OSError):
+        with suppress(OSError):
             for offset in (0, 10, 1000):  # server, HTTP API, Web UI
-                probes.enter_context(socket.create_server(("127.0.0.1", port + offset)))
+                socket.create_server(("127.0.0.1", port + offset)).close()
             return port
 
 
