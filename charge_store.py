@@ -158,8 +158,8 @@ def effects_of(order_id: str) -> list[dict[str, Any]]:
     return execute("SELECT * FROM effects WHERE order_id = ? ORDER BY created_at", order_id)
 
 
-def audit() -> tuple[int, list[str]]:
-    """Count the orders; return a line for each effect that does not fit its order's last outcome.
+def audit() -> tuple[dict[str, str], list[str]]:
+    """Return each order's last outcome, and a line for each effect that does not fit it.
 
     A charge alone has no outcome; like an order that still runs it may have one effect of a kind.
     """
@@ -176,7 +176,7 @@ def audit() -> tuple[int, list[str]]:
                 violations.append(f"{order_id} ({state}): {found} x {kind} {status}")
         if state == "unfinished" and counted[order_id, "dispatched"] > counted[order_id, "charged"]:
             violations.append(f"{order_id} (unfinished): dispatched and not charged")
-    return len(states), violations
+    return states, violations
 
 
 # The file.
@@ -304,7 +304,7 @@ def main() -> int:
         if not store_path().exists():
             sys.exit(f"{path} is not there: nothing to audit")
         orders, violations = audit()
-        for line in violations or [f"audit: {orders} orders, clean"]:
+        for line in violations or [f"audit: {len(orders)} orders, clean"]:
             say(line)
         return 1 if violations else 0
     if options.order_id is not None:

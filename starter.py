@@ -6,7 +6,6 @@ does, by the words of README.md (without arguments). `chaos` and `load` place a 
 
 import argparse
 import asyncio
-import json
 import os
 import random
 import re
@@ -919,8 +918,7 @@ CROWD: list[tuple[set[str], dict[str, Any], str]] = [
     ({"COMPLETED", "CANCELLED"}, {"simulate": {"dispatch_carrier": "slow"}}, "cancel"),
 ]
 
-
-OUTCOMES = "SELECT order_id, payload_json, ts FROM events WHERE type = 'outcome'"
+OUTCOMES = "SELECT order_id, ts FROM events WHERE type = 'outcome'"
 ASKED_AGAIN = "SELECT order_id FROM effects WHERE requests > 1"
 CHARGED_TWICE = """
 SELECT order_id FROM charges WHERE status = 'charged' GROUP BY order_id HAVING count(*) > 1
@@ -967,7 +965,7 @@ class Crowd:
     def judge(self, t: Player, ends: list[dict[str, Any]]) -> None:
         """Tell how the orders ended; each must have ended as it may."""
         rate = self.options.orders / (time.monotonic() - t.screen.started)
-        states = {row["order_id"]: json.loads(row["payload_json"])["state"] for row in ends}
+        states, wrong = store.audit()
         told = ", ".join(f"{state} {n}" for state, n in sorted(Counter(states.values()).items()))
         t.tell(f"{rate:.1f} orders/s; {told}")
         if not self.options.kills and ends:
@@ -975,8 +973,7 @@ class Crowd:
             say(f"median {median(took):.2f} s, 99th percentile {took[len(took) * 99 // 100]:.2f} s")
             say_costs(self.stage, self.options.orders)
         found = {order_id: states.get(order_id, "lost") for order_id in self.drawn}
-        wrong = [f"{id_}: {end}" for id_, end in found.items() if end not in self.drawn[id_][0]]
-        wrong += store.audit()[1]
+        wrong += [f"{id_}: {end}" for id_, end in found.items() if end not in self.drawn[id_][0]]
         told = f"{len(wrong)} are wrong: {'; '.join(wrong[:10])}"
         t.check(not wrong, "no order lost, each ended as it may, audit clean", told)
         if self.options.kills:
