@@ -37,7 +37,7 @@ CREATE VIEW IF NOT EXISTS charges AS
 CREATE TABLE IF NOT EXISTS events (
     id INTEGER PRIMARY KEY, order_id TEXT, type TEXT, attempt INTEGER, payload_json TEXT, ts REAL
 );
-CREATE INDEX IF NOT EXISTS events_by_order ON events (order_id, type);
+CREATE INDEX IF NOT EXISTS events_by_order ON events (order_id);
 CREATE UNIQUE INDEX IF NOT EXISTS notes ON events (order_id, type, payload_json) WHERE attempt = 0;
 """
 # What each kind of effect is called in force and when undone. A package that left cannot be undone.
