@@ -38,8 +38,8 @@ import pytest
 from temporalio.api.common.v1 import Payload
 from temporalio.api.enums import v1 as enums
 from temporalio.api.history.v1 import HistoryEvent
-from temporalio.client import Client, WithStartWorkflowOperation, WorkflowUpdateFailedError
-from temporalio.common import RawValue, WorkflowIDConflictPolicy
+from temporalio.client import Client, WorkflowUpdateFailedError
+from temporalio.common import RawValue
 from temporalio.converter import DefaultPayloadConverter
 from temporalio.exceptions import ApplicationError
 from temporalio.runtime import Runtime
@@ -308,6 +308,9 @@ SCENARIOS: dict[str, Scenario] = {
         status={"note": "fine"},
     ),
     "cancelled before it starts": Scenario("CANCELLED", {}, ("START", "cancel", "no")),
+    "moved before it starts": completed(
+        ("START", "update_address", "4 New Street"), **TIMED, status={"address": "4 New Street"}
+    ),
     "all messages, in time and too late": cancelled(
         ("AWAITING_REVIEW", "update_address", "2 Side Street"),
         ("NOW", "update_address", " "),
@@ -917,19 +920,6 @@ def test_each_attempt_leaves_a_row_that_says_how_it_ended(played: dict[str, Any]
     assert ends == ["ConnectionError", "ConnectionError", "ok"]
     [order] = [row for row in attempts if row["type"] == "receive_order"]
     assert order.keys() >= RULES.keys() and order["simulate"]["charge_payment"] == "flaky"
-
-
-@side_by_side
-async def test_an_update_sent_with_its_order_runs_before_the_first_line(stage: Stage) -> None:
-    order_id = f"more-{uuid.uuid4().hex}"
-    raw = {"order_id": order_id, "deadline_seconds": 600} | TIMED
-    options: dict[str, Any] = {"id": order_id, "task_queue": ORDERS_QUEUE}
-    options["id_conflict_policy"] = WorkflowIDConflictPolicy.FAIL
-    start: Any = WithStartWorkflowOperation("OrderWorkflow", raw, **options)
-    update = partial(stage.client.execute_update_with_start_workflow, "update_address")
-    assert await update("4 New Street", start_workflow_operation=start) == "4 New Street"
-    check(completed(), await gather(stage.client.get_workflow_handle(order_id)))
-    assert store.events_of(order_id, "dispatch_carrier")[0]["address"] == "4 New Street"
 
 
 @side_by_side
