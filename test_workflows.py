@@ -221,8 +221,7 @@ class Wing(Stage):
 class Scenario:
     """An order, the messages it gets (in which state, what, with what) and what must come of it.
 
-    Instead of a state: START, with the order itself; NOW, at once; a step, once that has begun;
-    or so many seconds later.
+    Instead of a state: START, with the order itself; NOW, at once; a step, once that has begun.
     """
 
     def __init__(
@@ -339,7 +338,7 @@ SCENARIOS: dict[str, Scenario] = {
         ("AWAITING_REVIEW", "cancel"), ("CANCELLED", "RESET", 3), APPROVED
     ),
     "reset past its deadline": completed(
-        APPROVED, (20, "RESET WITH SIGNALS", 1), deadline_seconds=20
+        ("COMPLETED", "RESET WITH SIGNALS", 1), **TIMED, deadline_seconds=20, wait_seconds=22
     ),
     "reset while its old child still ships": completed(
         YES, ("prepare_package", "RESET WITH SIGNALS"), prepare_package="slow"
@@ -415,9 +414,7 @@ async def play(stage: Stage, scenario: Scenario) -> Outcome:
     first = [message for when, *message in scenario.sends if when == "START"]
     handle = await place(stage, *(first[0] if first else ()), **scenario.fields)
     for when, name, *given in scenario.sends[len(first) :]:
-        if isinstance(when, int):
-            await asyncio.sleep(when)
-        elif when != "NOW":
+        if when != "NOW":
             await reach(handle, when)
         await send(stage, handle, name, *given)
     return await gather(handle)
@@ -503,13 +500,13 @@ async def gather(handle: Handle) -> Outcome:
     )
 
 
-async def play_all(stage: Stage, names: list[str], at_once: int) -> dict[str, Any]:
+async def play_all(stage: Stage, names: list[str]) -> dict[str, Any]:
     """Play scenarios side by side and keep what each gave; the longest first, the briefest last.
 
     So few at once that a message comes within the 5 s in which its step is slow.
     """
     names = sorted(names, key=lambda name: -SCENARIOS[name].fields.get("deadline_seconds", 10))
-    places = asyncio.Semaphore(at_once)
+    places = asyncio.Semaphore(20)
 
     async def one(name: str) -> Outcome:
         async with places:
@@ -532,7 +529,7 @@ async def played(stage: Stage) -> dict[str, Any]:
     for _ in range(3):  # the fewer there are, the more orders each death holds up
         wing.start_worker()
     calm = [name for name in SCENARIOS if name not in CRASHES]
-    playing = asyncio.gather(play_all(stage, calm, 20), play_all(wing, CRASHES, 11))
+    playing = asyncio.gather(play_all(stage, calm), play_all(wing, CRASHES))
     while not playing.done():
         wing.revive()
         await asyncio.sleep(0.1)
