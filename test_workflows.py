@@ -444,9 +444,8 @@ async def reset(stage: Stage, handle: Handle, forget: bool, task: int = 0) -> No
     words = [temporal_binary(), "workflow", "reset", "--workflow-id", handle.id]
     words += ["--event-id", str(tasks[task].event_id), "--reason", "to see what comes of it"]
     words += ["--reapply-exclude", "Signal"] if forget else []
-    options = {"env": stage.environment(), "capture_output": True, "timeout": LONG}
-    done: Any = await asyncio.to_thread(partial(subprocess.run, words, **options))
-    assert done.returncode == 0, done
+    process = await asyncio.create_subprocess_exec(*words, env=stage.environment())
+    assert await asyncio.wait_for(process.wait(), LONG) == 0
 
 
 ENDS = ("COMPLETED", "CANCELLED", "REJECTED", "EXPIRED", "FAILED")
@@ -591,8 +590,7 @@ def test_each_timer_is_called_what_it_is(played: dict[str, Any]) -> None:
 
 def test_each_history_replays_and_each_prefix_of_some(played: dict[str, Any]) -> None:
     """As on a worker that remembers nothing, after each workflow task."""
-    outcomes = [played[name] for name in SCENARIOS]
-    histories = [end.history for end in outcomes if isinstance(end, Outcome)]
+    histories = [end.history for end in played.values() if isinstance(end, Outcome)]
     for history in histories:
         for event in history.events:
             # A Replayer takes the first run's id for that of a reset's.
