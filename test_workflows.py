@@ -48,7 +48,7 @@ from temporalio.worker import Replayer, UnsandboxedWorkflowRunner, Worker
 import charge_store as store
 from activities import FAULTS, ORDER_STEPS, RULES, STEPS, Order, charge, parse_order
 from signals import Event, Handle, end_of, find_bars, lanes, read_events
-from starter import BUG, EXERCISES, NAMES, Player, Verdict, edited, sections, start
+from starter import AS_IT_WAS, BUG, EXERCISES, NAMES, Player, Verdict, edited, sections, start
 from worker import (
     HERE,
     Stage,
@@ -1430,10 +1430,13 @@ async def test_another_servers_file_or_another_ledger_is_named(stage: Stage) -> 
 
 def test_an_edit_is_seen_in_a_persons_own_file(tmp_path: Path) -> None:
     """What Enter does to the copy, and undoes there, the exercises show."""
-    look = partial(counting().sees, edited, tmp_path / "own", BUG)
-    assert not within(look())  # an editor that saves may have renamed the file away at this moment
-    changed_copy(tmp_path / "own", *BUG)
-    assert within(look())
+
+    def looks(folder: Path) -> list[Any]:
+        return [within(counting().sees(edited, folder, change)) for change in (BUG, AS_IT_WAS)]
+
+    assert looks(tmp_path) == [None, None]  # an editor that saves may have renamed the file away
+    assert looks(HERE) == [False, True]
+    assert looks(changed_copy(tmp_path / "own", *BUG)) == [True, False]
 
 
 class Terminal:
