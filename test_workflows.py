@@ -25,7 +25,7 @@ import uuid
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, redirect_stderr, redirect_stdout, suppress
+from contextlib import ExitStack, closing, redirect_stderr, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -1248,7 +1248,8 @@ async def test_the_server_command_is_the_server_and_keeps_its_data(stage: Stage)
         nobody = run("starter.py", "order", code=copy, TEMPORAL_ADDRESS="")
         answers(nobody, 1, "cannot start a Temporal server")
     for known in (False, True):
-        with subprocess.Popen(words, **pipes) as server:
+        with subprocess.Popen(words, **pipes) as server, ExitStack() as last:
+            last.callback(server.kill)  # or what fails here would wait for it for ever
             await seen(is_listening, address)
             if known:
                 answers(run("worker.py", "server", code=copy), 1, f"{address} is taken")
