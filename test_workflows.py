@@ -972,11 +972,13 @@ def check_flood(outcome: Outcome, sent: int) -> None:
 async def test_an_order_outlives_the_messages_that_come_while_no_worker_lives(stage: Stage) -> None:
     wing = Wing(stage)
     handle = await place(wing, "approve", "first", review_seconds=600)
+    update = asyncio.create_task(handle.execute_update("update_address", "4 New Street"))
     await flood(handle, 420, MIX)
     wing.start_worker()
     # On two cores that do nothing else this takes a few seconds; 60 is what we promise.
     async with asyncio.timeout(2 * LONG):
-        check_flood(await gather(handle), 1 + 420 * 5)
+        check_flood(await gather(handle), 1 + 1 + 420 * 5)
+        assert await update == "4 New Street"  # by a handler that ran before run()'s first line
 
 
 @side_by_side
