@@ -649,10 +649,8 @@ class Player:
             hands, typed = False, ""
         self.say_part()  # Do.
         told = f"{'':10}{'Now' if hands else 'Enter to'} {what}"
-        if typed:
-            told += f": {typed}" if hands else f", or: {typed}"
         await self.keyboard.overhear()
-        say(told)
+        say(f"{told}: {typed}" if typed else told)
         hurry = not await self.over()  # before the orders end
         while True:
             over = hurry and await self.over()
@@ -681,7 +679,7 @@ class Player:
         pid = min(pids, default=0)
         does, is_now = ("kill", "is dead") if hard else ("stop", "has stopped")
         typed = worker.kill_command(pid) if hard else f"kill -INT {pid}"
-        if await self.turn(f"{does} worker {pid}", lambda: not is_process(pid), typed=typed):
+        if await self.turn(f"{does} worker {pid}, or", lambda: not is_process(pid), typed=typed):
             if not self.keyboard:  # what it was doing takes some room in the picture
                 await asyncio.sleep(1)
             with suppress(ProcessLookupError):
