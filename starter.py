@@ -113,8 +113,8 @@ async def temporal(quiet: bool) -> AsyncIterator[Stage]:
         logs = Path(folder) / "workers.log" if quiet else None
         with closing(Stage(HERE, address, logs)) as stage:
             say(f"no server at {address}: starting one, and a worker, while this runs")
-            say(f"unfinished orders stay in {worker.nearby(HERE / 'temporal.db')}")
             await stage.start_server()
+            say(f"unfinished orders stay in {worker.nearby(HERE / 'temporal.db')}")
             stage.start_worker()
             yield stage
 
@@ -173,7 +173,9 @@ async def timer(t: "Player") -> None:
     begin, end = await t.in_history(order, "Wait before the charge")
     t.show(started < end, "the wait was over before another worker was started")
     should, took = asked["wait_seconds"], end - begin
-    t.check(took < should + 1.5, True, f"the wait should take {should:g} s, took {took:.1f} s")
+    if took > should + 1.5:
+        raise Verdict(f"NOT HELD: the wait took {took:.1f} s, should be {should:g} s")
+    t.tell(f"the wait should take {should:g} s, took {took:.1f} s")
 
 
 async def charge(t: "Player") -> None:
@@ -204,7 +206,7 @@ async def outage(t: "Player") -> None:
     """An outage that ends costs tenths of a second; one that does not undoes the order."""
     order = await t.place(simulate={"charge_payment": "flaky"})
     await t.ends(order, "COMPLETED", ONCE, within=1.5)
-    t.check(store.count(order, "charge_payment") >= 3, True, "attempts 3")
+    t.check(min(3, store.count(order, "charge_payment")), 3, "attempts 3")
     order = await t.place(simulate={"charge_payment": "down"}, max_attempts=3)
     await t.ends(order, "OrderGivenUp", VOIDED, within=1.5)
     t.check(store.count(order, "charge_payment"), 3, "attempts 3")
@@ -693,7 +695,8 @@ class Player:
 
     async def start(self, role: str = "all") -> None:
         """Start a worker, of all task queues or one, which nobody serves yet."""
-        await self.expect_alone(role)
+        # With one for orders only, who ships, too, would be met only once the order is paid.
+        await self.expect_alone("all" if role == "orders" else role)
         what = "start another worker" if role == "all" else f"start a worker for {role} only"
         typed = f"{command('worker.py')} {role}".removesuffix(" all")
         if await self.turn(what, self.served, role, typed=typed, hands=True):
@@ -972,7 +975,9 @@ class Crowd:
             say_costs(self.stage, self.options.orders)
         found = {order_id: states.get(order_id, "lost") for order_id in self.drawn}
         wrong += [f"{id_}: {end}" for id_, end in found.items() if end not in self.drawn[id_][0]]
-        t.check(wrong[:10], [], "no order lost, each ended as it may, audit clean")
+        for line in wrong[:10]:
+            t.tell(line)
+        t.check(len(wrong), 0, "no order lost, each ended as it may, audit clean")
         if self.options.kills:
             t.show(bool(store.execute(ASKED_AGAIN)), "no provider was asked more than once")
 

@@ -55,8 +55,8 @@ BEAT = timedelta(seconds=0.4)  # a sign of life is passed on so often; 0.8 s: ne
 POLLS = 40  # tasks fetched at once; 5: a busy worker fetches late and replays, 8 % more CPU
 CACHED = 230  # orders in memory, and as many children, 0.15 MB a pair; 1000: more than 200 MB
 THREADS = 32  # activities at once; most of them wait, for the ledger
-ROLES = {"orders": [ORDERS_QUEUE], "shipping": [SHIPPING_QUEUE]}  # each with its task queues
-ROLES["all"] = [ORDERS_QUEUE, SHIPPING_QUEUE]
+QUEUES = [ORDERS_QUEUE, SHIPPING_QUEUE]
+ROLES = {"all": QUEUES, "orders": QUEUES[:1], "shipping": QUEUES[1:]}  # what each serves
 
 
 def make_worker(client: Client, queue: str) -> Worker:
@@ -81,14 +81,15 @@ async def serve(role: str) -> None:
     """Serve the role's task queues until stopped."""
     cancel_on("SIGINT")
     client = await connect()
+    workers = [make_worker(client, queue) for queue in ROLES[role]]
     address = client.service_client.config.target_host
     say(f"worker {os.getpid()} serves {' and '.join(ROLES[role])} at {address}")
     say(f"Web UI: {web_ui(address)}  ledger: {nearby(store.store_path())}")
     say(f"kill it: {kill_command(os.getpid())}  stop it: Ctrl+C")
     # Ctrl+C, or one that fails, cancels all; each tells its activities to stop, and waits for them.
     async with asyncio.TaskGroup() as running:
-        for queue in ROLES[role]:
-            running.create_task(make_worker(client, queue).run())
+        for worker in workers:
+            running.create_task(worker.run())
 
 
 # Connecting.
@@ -146,7 +147,8 @@ async def is_listening(address: str) -> bool:
     host, _, port = address.rpartition(":")
     with suppress(OSError):  # a timeout is one too
         async with asyncio.timeout(2):
-            _, writer = await asyncio.open_connection(host, int(port))
+            # Of the two addresses that localhost has, one may be silent, on Windows for 2 s.
+            _, writer = await asyncio.open_connection(host, int(port), happy_eyeballs_delay=0.1)
         writer.close()
         return True
     return False
@@ -187,7 +189,7 @@ class Stage:
     def __init__(self, folder: Path, address: str, logs: Path | None = None) -> None:
         """Keep the server's data in the folder; the workers write to `logs`, or to the screen."""
         self.folder, self.address, self.logs, self.code = folder, address, logs, HERE
-        self.server: subprocess.Popen[bytes] | None = None  # then others run it, and the workers
+        self.server: subprocess.Popen[bytes] | None = None  # None: others run both
         self.client: Client
         self.workers: list[subprocess.Popen[bytes]] = []
         self.failed = 0
