@@ -695,7 +695,7 @@ class Player:
 
     async def start(self, role: str = "all") -> None:
         """Start a worker, of all task queues or one, which nobody serves yet."""
-        # With one for orders only, who ships, too, would be met only once the order is paid.
+        # Before one for orders only as well: a stray shipper would show itself too late.
         await self.expect_alone("all" if role == "orders" else role)
         what = "start another worker" if role == "all" else f"start a worker for {role} only"
         typed = f"{command('worker.py')} {role}".removesuffix(" all")
