@@ -527,7 +527,7 @@ class Player:
                 with suppress(WorkflowAlreadyStartedError):  # by another starter, or long ago
                     return await self.place(order_id=order_id, **fields)
             if order_id == wanted:
-                self.tell(f"{wanted} was asked for before; again would be the same: a cent more")
+                self.tell(f"{wanted} exists, and would be no new charge: this one is a cent more")
             # After the most that a charge may be, the least.
             fields["amount_cents"] = fields["amount_cents"] % 100_000_000 + 1
 
