@@ -47,8 +47,19 @@ from temporalio.worker import Replayer, UnsandboxedWorkflowRunner, Worker
 
 import charge_store as store
 from activities import FAULTS, ORDER_STEPS, RULES, STEPS, Order, charge, parse_order
-from signals import Event, Handle, end_of, find_bars, lanes, read_events
-from starter import AS_IT_WAS, BUG, EXERCISES, NAMES, Player, Verdict, edited, sections, start
+from signals import Event, Handle, code_failure, end_of, find_bars, lanes, read_events
+from starter import (
+    AS_IT_WAS,
+    BUG,
+    CHECKED,
+    EXERCISES,
+    NAMES,
+    Player,
+    Verdict,
+    edited,
+    sections,
+    start,
+)
 from worker import (
     HERE,
     Stage,
@@ -180,7 +191,7 @@ def changed_copy(folder: Path, file: str, text: str, instead: str) -> Path:
     return folder
 
 
-NAMESPACES = [f"wing-{number}" for number in range(13)]  # of the server; each wing takes one
+NAMESPACES = [f"wing-{number}" for number in range(14)]  # of the server; each wing takes one
 
 
 class Wing(Stage):
@@ -616,6 +627,22 @@ async def test_a_timeout_that_our_code_raises_undoes_the_order_too(stage: Stage)
     wing.code = changed_copy(wing.folder / "code", "workflows.py", BUG[1], raises)
     wing.start_worker()
     check(Scenario("OrderGivenUp", UNPAID), await gather(await place(wing)))
+
+
+@side_by_side
+async def test_of_an_order_whose_code_fails_that_is_told(stage: Stage) -> None:
+    """When its status is asked for, and when it is to go on."""
+    wing = Wing(stage, "all")
+    handle = await place(wing, review_seconds=600)
+    await reach(handle, "AWAITING_REVIEW")
+    wing.kill_worker(wing.workers[0])
+    wing.code = changed_copy(wing.folder / "code", *CHECKED)
+    wing.start_worker()
+    for _ in range(2):
+        told = partial(wing.run, "signals.py", "status", handle.id)
+        await seen(lambda told=told: "the workflow's code fails; see:" in told().stderr)
+        await handle.signal("approve")
+        await seen(code_failure, handle)
 
 
 def test_only_what_a_workflow_is_given_may_be_anything() -> None:
@@ -1080,6 +1107,12 @@ def test_an_order_is_followed_to_its_end_and_then_it_is_too_late(stage: Stage) -
     answers(ledger_says("done"), 0, "requests 1, charged once")
     answers(starter("order", "bad", *QUICK, "--card-expiry", "12/20"), 1, "card expired 12/20")
     answers(signals("watch", "bad"), 1, "bad FAILED")
+    undone = ["order", "undone", "--review-seconds", "0", "--simulate", "release_inventory=down"]
+    answers(starter(*undone), 0, "undone started")
+    within(seen(store.count, "undone", "release_inventory"))
+    answers(signals("cancel", "undone"), 1, "is being undone already")
+    within(stage.client.get_workflow_handle("undone").terminate())
+    answers(signals("status", "undone"), 0, "COMPENSATING, then TERMINATED: nothing was undone")
 
 
 def test_a_running_order_is_attached_to_and_what_others_typed_is_escaped(stage: Stage) -> None:
@@ -1111,6 +1144,7 @@ def test_the_same_charge_again_is_the_same_workflow_and_charged_once(stage: Stag
     done = signals("status", "charge-c-1230")
     answers(done, 0, "COMPLETED")
     assert "RUNNING" not in done.stdout
+    answers(signals("approve", "charge-c-1230"), 1, "is no order")
 
 
 def test_the_list_has_the_newest_first_amounts_and_other_runs(played: dict[str, Any]) -> None:
@@ -1158,6 +1192,7 @@ def test_what_stops_a_script_is_said_in_one_line(_: Stage) -> None:
 async def test_without_a_worker_a_signal_is_kept_and_a_question_is_given_up(stage: Stage) -> None:
     """In another namespace, by the environment alone. Then: a worker stops, a package is unpaid."""
     wing = Wing(stage, own_ledger=True)
+    answers(wing.run("signals.py", "list"), 0, "no orders yet")
     answers(wing.run("starter.py", "order", "new", *LASTING), 0, "no worker answers; start one")
     answers(wing.run("signals.py", "history", "new"), 0, "no worker has taken it up yet")
     answers(wing.run("signals.py", "status", "new"), 1, "no worker answers; start one")
@@ -1256,9 +1291,15 @@ async def test_the_server_command_is_the_server_and_keeps_its_data(stage: Stage)
                 answers(run("worker.py", "server", code=copy), 1, f"{address} is taken")
             order = run("starter.py", "order", "kept", code=copy, TEMPORAL_ADDRESS=address)
             answers(order, 0, "is running already" if known else "kept started")
+            if not known:
+                watch = Terminal(copy, "signals.py", "watch", "kept")
+            watch.talk("no worker answers")
             server.kill()
+            watch.talk("no answer; the server keeps the order, so we wait for it")
             told = server.communicate(timeout=LONG)[0]
             assert f"kill it: kill -9 {server.pid}" in told
+    watch.process.send_signal(signal.SIGINT)
+    assert watch.close() == 130
 
 
 # The README: what it names exists, what it tells to type is understood.
@@ -1409,6 +1450,23 @@ def test_what_the_audit_finds_does_not_hold_whatever_else_was_shown(empty_store:
     assert within(player.play(charge_twice)).startswith("NOT HELD: twice (unfinished): 2 x charge")
 
 
+def test_another_end_or_ledger_than_there_must_be_does_not_hold(
+    empty_store: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(asyncio, "sleep", AsyncMock())  # no wait for what may still come
+    store.note("o", "charge_payment", {}, 1)
+    store.perform(*CHARGE)
+    player: Any = Player(Stage(HERE, NOWHERE))
+    player.until = AsyncMock(return_value="COMPLETED")
+    for end, effects, asked, verdict in (
+        ("EXPIRED", ["charge charged"], 1, "NOT HELD: o ended COMPLETED, .*be: EXPIRED with"),
+        ("COMPLETED", [], 1, "NOT HELD: .*0.05: requests 1, charged once, should be: COMPLETED"),
+        ("COMPLETED", ["charge charged"], 2, "not shown: a provider was not asked again"),
+    ):
+        with pytest.raises(Verdict, match=verdict):
+            within(player.ends("o", end, effects, charge=asked))
+
+
 def test_a_worker_that_serves_one_queue_is_none_for_the_other() -> None:
     player = counting()
     player.pollers = AsyncMock(side_effect=lambda *queues: [1] * (ORDERS_QUEUE in queues))
@@ -1418,6 +1476,10 @@ def test_a_worker_that_serves_one_queue_is_none_for_the_other() -> None:
         assert within(player.served(role)) is serves
     told = within(player.trouble())
     assert re.match(f"no worker serves {SHIPPING_QUEUE}; start it: .*worker.py shipping", told)
+    player.pollers = AsyncMock(return_value=[])
+    assert re.match("no worker; start it: .*worker.py$", within(player.trouble()))
+    player.server_is_dead = AsyncMock(return_value=True)
+    assert re.match("no server; start it: .*worker.py server$", within(player.trouble()))
 
 
 @side_by_side
@@ -1522,7 +1584,9 @@ def test_enter_all_the_way_plays_exercise_1_and_its_crash_is_real(stage: Stage) 
     assert terminal.talk(r"worker (\d+) +-? *X")[1] == str(victim)
     terminal.talk("requests 1, charged once", r"\nheld\r\n")
     terminal.talk((r"Observe\.(?s:.*)Enter goes on: ", ""))
-    terminal.talk((r"Explain\.(?s:.*)to the menu: ", ""), r"\nx  1 ", (r"q \[2\]: ", "x"))
+    terminal.talk((r"Explain\.(?s:.*)to the menu: ", ""), r"\nx  1 ", (r"q \[2\]: ", "no-temporal"))
+    terminal.talk(("Enter begins: ", ""), "charged twice", r"\nheld\r\n", ("goes on: ", ""))
+    terminal.talk(("to the menu: ", ""), r"\nx  0 (?s:.*)\nx  1 ", (r"q \[2\]: ", "x"))
     assert leave(terminal, b"\x03", r", and kept in temporal\.db") == 130
     assert not within(is_listening(server))
     audit = run("charge_store.py", "--audit", CHARGE_STORE=str(copy / "charge_store.db"))
@@ -1539,7 +1603,7 @@ def test_exercise_2_sees_what_a_person_does_in_other_terminals(stage: Stage) -> 
         terminal.talk(rf"Enter to (stop|kill) worker {worker.pid},")
         worker.send_signal(stop)
         worker.wait(LONG)
-        terminal.talk(f"worker {worker.pid} {seen}", "Now ")
+        terminal.talk(f"worker {worker.pid} {seen}", ("Now ", ""), "not done yet: start another")
         wing.start_worker()
         terminal.talk("a new worker starts", "attempt 2")
         if stop == signal.SIGINT:
