@@ -1090,6 +1090,7 @@ def test_an_order_that_nobody_knows_is_named_with_the_command_that_lists_them(st
     answers(signals("update-address", "nobody", "3"), 1, "see:")
     answers(signals("approve", "x" * 2000), 1, "see:")
     answers(signals("status", ""), 1, "see:")
+    answers(signals("approve"), 1, "name an order: ")  # none is offered without a terminal
     for unknown in (RED, "\udcff"):
         answers(ledger_says(unknown), 1, "nothing of")
 
@@ -1643,8 +1644,8 @@ async def test_an_order_is_picked_by_number_by_id_or_the_only_one_by_enter(stage
     for handle in waiting:
         await reach(handle, "AWAITING_REVIEW")
 
-    def talk(*parts: str | tuple[str, str]) -> re.Match[str]:
-        terminal = Terminal(HERE, "signals.py", "approve", **wing.environment())
+    def talk(*parts: str | tuple[str, str], verb: str = "approve") -> re.Match[str]:
+        terminal = Terminal(HERE, "signals.py", verb, **wing.environment())
         last = terminal.talk(*parts)
         assert terminal.close() == (0 if "sent;" in last[0] else 1)
         return last
@@ -1659,6 +1660,7 @@ async def test_an_order_is_picked_by_number_by_id_or_the_only_one_by_enter(stage
     talk(("or q: ", second), f"{second}: approve sent;")
     talk((r"or q \[1\]: ", ""), f"{third}: approve sent;")
     talk("no order waits to approve")
+    talk(rf"1  CHARGING +99\.99  {busy.id}", ("or q: ", "q"), "no cancel was sent", verb="cancel")
 
 
 @side_by_side
