@@ -174,8 +174,8 @@ def audit() -> tuple[dict[str, str], list[str]]:
         for kind, status in IN_FORCE.items():
             if (found := counted[order_id, status]) not in allowed:
                 violations.append(f"{order_id} ({state}): {found} x {kind} {status}")
-        if state == "unfinished" and counted[order_id, "dispatched"] > counted[order_id, "charged"]:
-            violations.append(f"{order_id} (unfinished): dispatched and not charged")
+        if counted[order_id, "dispatched"] > counted[order_id, "charged"]:
+            violations.append(f"{order_id} ({state}): dispatched and not charged")
     return states, violations
 
 
