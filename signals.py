@@ -40,11 +40,13 @@ from temporalio.service import RPCError, RPCStatusCode
 import charge_store as store
 from activities import number
 from charge_store import fit, printable, say
-from worker import SERVER_DOWN, Parser, command, connect, persist, run_script
+from worker import Parser, command, connect, run_script
 from workflows import HEARTBEAT, NOTE_LENGTH, START_TO_CLOSE
 
 Handle = WorkflowHandle[Any, Any]
 RUNNING = WorkflowExecutionStatus.RUNNING
+# What calls end with while the server is down, dies or starts.
+SERVER_DOWN = (RPCStatusCode.UNAVAILABLE, RPCStatusCode.UNKNOWN)
 RPC_TIMEOUT = timedelta(seconds=1.5)  # a worker that lives answers within milliseconds
 TRACKER = {  # what is done once an order has left a state
     "RECEIVING": "received",
@@ -334,9 +336,9 @@ async def follow(client: Client, order_id: str, tend: Callable[[], Any] | None =
             tend()
     screen.clear()  # it is not so any more
     if description.status != WorkflowExecutionStatus.COMPLETED:
-        end = (await persist(lambda: read_history(handle)))[-1]
+        end = (await read_history(handle))[-1]
         sys.exit(f"{handle.id} FAILED: {SENTENCES[end.kind](end)}")
-    say(f"{handle.id} {await persist(lambda: end_of(handle))}")
+    say(f"{handle.id} {await end_of(handle)}")
 
 
 async def end_of(handle: Handle) -> str:

@@ -23,7 +23,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, nullcontext, suppress
 from datetime import timedelta
@@ -38,7 +38,7 @@ from temporalio.client import Client
 from temporalio.converter import DataConverter, DefaultPayloadConverter
 from temporalio.envconfig import ClientConfig
 from temporalio.runtime import Runtime, TelemetryConfig
-from temporalio.service import RPCError, RPCStatusCode
+from temporalio.service import RPCError
 from temporalio.worker import PollerBehaviorSimpleMaximum, Worker
 
 import charge_store as store
@@ -96,8 +96,6 @@ async def serve(role: str) -> None:
 
 HERE = Path(__file__).parent
 DEFAULT_ADDRESS = "localhost:7233"
-# What calls end with while the server is down, dies or starts.
-SERVER_DOWN = (RPCStatusCode.UNAVAILABLE, RPCStatusCode.UNKNOWN)
 
 
 class TolerantConverter(DefaultPayloadConverter):
@@ -152,17 +150,6 @@ async def is_listening(address: str) -> bool:
         writer.close()
         return True
     return False
-
-
-async def persist(call: Callable[[], Awaitable[Any]]) -> Any:
-    """Call until the server answers; one that is being restarted does not, for a while."""
-    while True:
-        try:
-            return await call()
-        except RPCError as error:
-            if error.status not in (*SERVER_DOWN, RPCStatusCode.DEADLINE_EXCEEDED):
-                raise
-            await asyncio.sleep(0.2)
 
 
 def web_ui(address: str) -> str:
