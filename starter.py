@@ -1024,9 +1024,8 @@ class Crowd:
                 if aimed := [process for process in living if process.pid in hands]:
                     break
             if not living:
-                continue  # until watch() has replaced them
+                continue  # until watch() has replaced one
             self.stage.kill_worker(self.random.choice(aimed or living))
-            self.stage.start_worker()
             self.killed += 1
             if self.killed % 5 == 0:
                 self.stage.kill_server()
