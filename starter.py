@@ -40,7 +40,7 @@ import charge_store as store
 import signals
 import worker
 from activities import FAULTS, RULES, SLOW_SECONDS, STEPS, number, parse_order
-from charge_store import printable, say
+from charge_store import say
 from signals import Keyboard, Screen, end_of, positive, take
 from worker import HERE, Stage, command, is_process
 from workflows import ORDERS_QUEUE
@@ -870,15 +870,6 @@ def sections() -> dict[int, tuple[str, str]]:
     return {int(m[1]): (m[2], m[3].strip()) for m in found}
 
 
-def chosen(text: str) -> int:
-    """Read the number or the name of an exercise."""
-    choices = {key: n for n, name in enumerate(NAMES) for key in (str(n), name)}
-    if text not in choices:
-        there = ", ".join(f"{number} {name}" for number, name in enumerate(NAMES))
-        raise argparse.ArgumentTypeError(f"no exercise {printable(text)[:80]}; there are {there}")
-    return choices[text]
-
-
 async def run_crash(options: argparse.Namespace) -> int:
     """Play exercises on a stage of our own; exit 0 if all held."""
     rows = []
@@ -1074,12 +1065,19 @@ def cents(text: str) -> int:
     return round(float(text) * 100)  # exact: a float holds 15 digits
 
 
+def number_of(text: str) -> int:
+    """Read the number or the name of an exercise."""
+    return int(text) if text.isdecimal() else NAMES.index(text)
+
+
 ACT_IN = number(2, 60, float), "must be 2 to 60 seconds here, in which you have to act"
 PROMPTS: dict[str, tuple[str, str, Callable[[str], Any]]] = {
     "customer_id": ("Customer ID", "customer-123", partial(take, str, *RULES["customer_id"])),
     "amount_cents": ("Amount", "99.99", partial(take, cents, *RULES["amount_cents"])),
     "wait_seconds": ("Wait seconds", "10", partial(take, float, *ACT_IN)),
 }
+NUMBERED = ", ".join(f"{n} {name}" for n, name in enumerate(NAMES))
+chosen = partial(take, number_of, range(len(NAMES)).__contains__, f"must be one of {NUMBERED}")
 given = partial(take, str, bool, "must not be empty")  # which is not the same as missing
 
 

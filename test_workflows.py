@@ -1626,7 +1626,7 @@ async def test_what_showed_nothing_is_not_explained_and_is_offered_again(stage: 
     terminal.talk(r"q \[2\]: ")
     wing.start_worker()
     await seen(lambda: wing.log().count("stop it: Ctrl+C") == 2)
-    terminal.talk(("", "99"), ("no exercise 99; there are.*", "1"), ("begins: ", ""))
+    terminal.talk(("", "99"), ("must be one of 0 no-temporal, .*", "1"), ("begins: ", ""))
     terminal.talk(("123]: ", "pty-9"), (r"99\]: ", "1"), (r"10\]: ", "8"))
     terminal.talk(("Enter to kill worker", ""))
     named = terminal.talk(r"not shown: [^(]*?(\d+)[^(]*serves")[1]
