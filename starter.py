@@ -473,16 +473,15 @@ class Player:
             self.stage.code.mkdir(exist_ok=True)
             for script in HERE.glob("*.py"):
                 shutil.copy2(script, self.stage.code)
+            await self.expect_alone()
             self.stage.start_worker()
         # One that was killed a moment ago could be given the next task; it would take 10 s to see.
         await self.until("a worker is there", self.served)
-        if self.stage.server:
-            await self.expect_alone()
 
     async def expect_alone(self, role: str = "all") -> None:
-        """Look whether workers that are not ours serve; then no death would show anything."""
-        ours, queues = [process.pid for process in self.stage.workers], worker.ROLES[role]
-        others = ", ".join(str(pid) for pid in await self.pollers(*queues) if pid not in ours)
+        """Look, before we start a worker, whether one serves; then no death would show anything."""
+        queues = worker.ROLES[role]
+        others = ", ".join(map(str, await self.pollers(*queues)))
         serves = f"serves {' and '.join(queues)} too: stop it"
         self.show(not others, f"worker {others}, which nobody thought of, {serves}")
 
