@@ -163,7 +163,7 @@ def audit() -> tuple[dict[str, str], list[str]]:
 
     A charge alone has no outcome; like an order that still runs it may have one effect of a kind.
     """
-    known = "SELECT order_id FROM events WHERE type != 'held' UNION SELECT order_id FROM effects"
+    known = "SELECT order_id FROM events WHERE attempt UNION SELECT order_id FROM effects"
     states = {row["order_id"]: "unfinished" for row in execute(known)}
     for row in execute("SELECT * FROM events WHERE type = 'outcome' ORDER BY id"):
         states[row["order_id"]] = json.loads(row["payload_json"])["state"]  # the last run's stays
