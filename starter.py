@@ -454,10 +454,12 @@ class Player:
                 verdict = f"NOT HELD: {'; '.join([*wrong, verdict])}"
             elif verdict == "held":
                 self.tell("audit clean")
-        for order_id in self.orders:
-            print()
-            say(order_id)
-            await self.sees(signals.show_lanes, self.handle(order_id))
+        with suppress(TimeoutError, RPCError):
+            async with asyncio.timeout(20):
+                for order_id in () if await self.server_is_dead() else self.orders:
+                    print()
+                    say(order_id)
+                    await signals.show_lanes(self.handle(order_id))
         say(verdict)
         return verdict
 

@@ -1447,7 +1447,7 @@ def test_what_the_audit_finds_does_not_hold_whatever_else_was_shown(empty_store:
         t.show(False, "something")
 
     player: Any = Player(Stage(HERE, NOWHERE))
-    player.prepare, player.sees, player.handle = AsyncMock(), AsyncMock(), Mock()
+    player.prepare = AsyncMock()
     assert within(player.play(charge_twice)).startswith("NOT HELD: twice (unfinished): 2 x charge")
 
 
