@@ -1425,10 +1425,12 @@ def test_another_end_or_ledger_than_there_must_be_does_not_hold(
     empty_store: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(asyncio, "sleep", AsyncMock())  # no wait for what may still come
-    store.note("o", "charge_payment", {}, 1)
-    store.perform(*CHARGE)
     player: Any = Player(Stage(HERE, NOWHERE))
     player.until = AsyncMock(return_value="COMPLETED")
+    with pytest.raises(Verdict, match=r"not shown: .*store\.db does not know o"):
+        within(player.ends("o", "COMPLETED", []))
+    store.note("o", "charge_payment", {}, 1)
+    store.perform(*CHARGE)
     for end, effects, asked, verdict in (
         ("EXPIRED", ["charge charged"], 1, "NOT HELD: o ended COMPLETED, .*be: EXPIRED with"),
         ("COMPLETED", [], 1, "NOT HELD: .*0.05: requests 1, charged once, should be: COMPLETED"),
@@ -1451,16 +1453,6 @@ def test_a_worker_that_serves_one_queue_is_none_for_the_other() -> None:
     assert re.match("no worker; start it: .*worker.py$", within(player.trouble()))
     player.server_is_dead = AsyncMock(return_value=True)
     assert re.match("no server; start it: .*worker.py server$", within(player.trouble()))
-
-
-@side_by_side
-async def test_another_servers_file_or_another_ledger_is_named(stage: Stage) -> None:
-    player: Any = Player(stage)
-    with pytest.raises(Verdict, match="not shown: the server does not know nobody"):
-        await player.ends("nobody", "COMPLETED", [])
-    player.until = AsyncMock(return_value="COMPLETED")
-    with pytest.raises(Verdict, match=r"not shown: .*charge_store\.db does not know nobody"):
-        await player.ends("nobody", "COMPLETED", [])
 
 
 def test_an_edit_is_seen_in_a_persons_own_file(tmp_path: Path) -> None:
@@ -1634,8 +1626,11 @@ async def test_an_order_is_picked_by_number_by_id_or_the_only_one_by_enter(stage
 
 
 @side_by_side
-async def test_a_worker_that_cannot_start_says_why_and_is_not_waited_for(stage: Stage) -> None:
+async def test_a_strange_server_and_a_worker_that_cannot_start_are_named(stage: Stage) -> None:
+    """And not waited for."""
     wing = Wing(stage)
+    with pytest.raises(Verdict, match="not shown: the server does not know nobody"):
+        await Player(wing).ends("nobody", "COMPLETED", [])
     wing.code = wing.folder
     (wing.code / "worker.py").write_text("print('this is why'); raise SystemExit(2)")
     wing.start_worker().wait()
