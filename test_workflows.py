@@ -197,6 +197,8 @@ NAMESPACES = [f"wing-{number}" for number in range(14)]  # of the server; each w
 class Wing(Stage):
     """A namespace of the stage's server, with workers and, if wanted, a ledger of its own."""
 
+    logs: Path  # a Stage may have none
+
     def __init__(self, stage: Stage, *roles: str, own_ledger: bool = False) -> None:
         """Take a namespace, which no other has, and start workers of these roles."""
         name = NAMESPACES.pop()
@@ -221,10 +223,6 @@ class Wing(Stage):
         worker = super().start_worker(role)
         self.main.workers.append(worker)
         return worker
-
-    def log(self) -> str:
-        """Read what its workers said."""
-        return self.logs.read_text(encoding="utf-8") if self.logs else ""
 
 
 # Scenarios: an order, what people do to it and when, and how it must end.
@@ -1180,14 +1178,14 @@ async def test_without_a_worker_a_signal_is_kept_and_a_question_is_given_up(stag
     answers(wing.run("starter.py", *stuck), 0, "stuck started")
     worker.send_signal(signal.SIGINT)
     assert await asyncio.to_thread(worker.wait, LONG) == 0
-    assert "stopped" in wing.log() and "Traceback" not in wing.log()
+    assert "stopped" in wing.logs.read_text() and "Traceback" not in wing.logs.read_text()
 
 
 @side_by_side
 async def test_a_locked_ledger_is_outlived_and_keeps_nobody_who_leaves(stage: Stage) -> None:
     wing = Wing(stage, "all", own_ledger=True)
     order = ["order", "locked", *LASTING, *TIMER]
-    await seen(lambda: "serves" in wing.log())
+    await seen(lambda: "serves" in wing.logs.read_text())
     with closing(sqlite3.connect(wing.store, timeout=LONG, isolation_level=None)) as another:
         another.execute("BEGIN IMMEDIATE")
         answers(wing.run("starter.py", *order), 0, "locked started")
@@ -1587,7 +1585,7 @@ async def test_what_showed_nothing_is_not_explained_and_is_offered_again(stage: 
     assert not re.search("Explain|Enter goes on", told)
     terminal.talk(r"q \[2\]: ")
     wing.start_worker()
-    await seen(lambda: wing.log().count("stop it: Ctrl+C") == 2)
+    await seen(lambda: wing.logs.read_text().count("stop it: Ctrl+C") == 2)
     terminal.talk(("", "99"), ("must be one of 0 no-temporal, .*", "1"), ("begins: ", ""))
     terminal.talk(("123]: ", "pty-9"), (r"99\]: ", "1"), (r"10\]: ", "8"))
     terminal.talk(("Enter to kill worker", ""))
