@@ -48,18 +48,7 @@ from temporalio.worker import Replayer, UnsandboxedWorkflowRunner, Worker
 import charge_store as store
 from activities import FAULTS, ORDER_STEPS, RULES, STEPS, Order, charge, parse_order
 from signals import Event, Handle, code_failure, end_of, find_bars, lanes, read_events
-from starter import (
-    AS_IT_WAS,
-    BUG,
-    CHECKED,
-    EXERCISES,
-    NAMES,
-    Player,
-    Verdict,
-    edited,
-    sections,
-    start,
-)
+from starter import AS_IT_WAS, BUG, EXERCISES, NAMES, Player, Verdict, edited, sections, start
 from worker import (
     HERE,
     Stage,
@@ -616,7 +605,8 @@ async def test_of_an_order_whose_code_fails_that_is_told(stage: Stage) -> None:
     handle = await place(wing, review_seconds=600)
     await reach(handle, "AWAITING_REVIEW")
     wing.kill_worker(wing.workers[0])
-    wing.code = changed_copy(wing.folder / "code", *CHECKED)
+    other = ("workflows.py", "step.validate_order,", "step.charge_payment,")
+    wing.code = changed_copy(wing.folder / "code", *other)
     wing.start_worker()
     for _ in range(2):
         told = partial(wing.run, "signals.py", "status", handle.id)
