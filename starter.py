@@ -541,8 +541,8 @@ class Player:
                 return seen
             self.show(not over, f"{over} without it: {words}")
             code = self.stage.workers[-1].poll() if self.stage.workers else None
-            failed = code in (1, 2) or (code is not None and not self.orders)
-            self.show(not failed, f"no worker can start: {self.stage.last_words()}")
+            if code in (1, 2) or (code is not None and not self.orders):
+                raise Verdict(f"not shown: no worker can start: {self.stage.last_words()}")
             if self.keyboard:
                 await self.keyboard.overhear()
             if time.monotonic() > patience:
