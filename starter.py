@@ -423,7 +423,7 @@ class Player:
 
     def __init__(self, stage: Stage, keyboard: Keyboard | None = None) -> None:
         self.stage, self.keyboard = stage, keyboard
-        self.parts: list[str] = []  # what README.md has still to say of the exercise
+        self.parts: list[str] = []  # what README.md has a person do, act by act
         self.orders: list[str] = []  # what the exercise placed
         self.running: set[str] = set()  # of these, and of earlier ones, what has not ended
         self.since = time.time()  # the last act
@@ -540,8 +540,7 @@ class Player:
                 self.tell(words)
                 return seen
             self.show(not over, f"{over} without it: {words}")
-            code = self.stage.workers[-1].poll() if self.stage.workers else None
-            if code in (1, 2) or (code is not None and not self.orders):
+            if any(process.poll() in (1, 2) for process in self.stage.workers):
                 raise Verdict(f"not shown: no worker can start: {self.stage.last_words()}")
             if self.keyboard:
                 await self.keyboard.overhear()
@@ -647,7 +646,8 @@ class Player:
             return True
         if self.stage.server and hands:
             hands, typed = False, ""
-        self.say_part()  # Do.
+        elsewhere = r"\s*With\s+three\s+terminals:.*" if self.stage.server else "$"
+        print(re.sub(elsewhere, "", self.parts.pop(0), flags=re.DOTALL))
         told = f"{'':10}{'Now' if hands else 'Enter to'} {what}"
         await self.keyboard.overhear()
         say(f"{told}: {typed}" if typed else told)
@@ -661,11 +661,6 @@ class Player:
                 if not hands:
                     return True
                 self.tell(f"not done yet: {what}")
-
-    def say_part(self) -> None:
-        """Print the next paragraph of README.md, as far as it is for so many terminals."""
-        elsewhere = r"\s*With\s+three\s+terminals:.*" if self.stage.server else "$"
-        print(re.sub(elsewhere, "", self.parts.pop(0), flags=re.DOTALL) + "\n", flush=True)
 
     def did(self, words: str) -> None:
         """Tell what was done; what should follow is timed from here."""
@@ -708,8 +703,7 @@ class Player:
         what = f"change {which}" if instead else f"undo the change of {which}"
         if await self.turn(what, edited, self.stage.code, change, hands=True):
             source = (HERE / file).read_text(encoding="utf-8")
-            changed = source.replace(text, instead)
-            (self.stage.code / file).write_text(changed, encoding="utf-8")
+            (self.stage.code / file).write_text(source.replace(text, instead), encoding="utf-8")
         self.did(f"done: {what}")
 
     async def kill_server(self) -> None:
@@ -765,9 +759,8 @@ class Player:
         """
         should = f", which should take {within:g} s" if within else ""
         result = await self.until(f"{order_id} has ended{should}", self.end_of, order_id)
-        attempts = [event for event in store.events_of(order_id) if event["attempt"]]
-        path = store.store_path()
-        self.show(bool(attempts), f"{path} does not know {order_id}: which has the worker?")
+        known = any(event["attempt"] for event in store.events_of(order_id))
+        self.show(known, f"{store.store_path()} does not know {order_id}: which has the worker?")
         for _ in range(100):  # 10 s: what comes late comes within 5
             rows = store.effects_of(order_id)
             fit = sorted(f"{row['kind']} {row['status']}" for row in rows) == sorted(effects)
@@ -837,16 +830,15 @@ async def lead(player: Player, keyboard: Keyboard, number: int, unheld: set[int]
     """Lead through an exercise: predict, do, see, explain."""
     unheld.add(number)
     title, text = sections()[number]
-    player.parts = f"\nExercise {number}: {title}\n{text}".split("\n\n")
-    player.say_part()  # what it is about
-    player.say_part()  # Predict.
+    about, predict, *player.parts, observe, explain = text.split("\n\n")
+    print(f"\nExercise {number}: {title}\n{about}\n\n{predict}\n")
     await keyboard.ask("Enter begins")
     if await player.play(EXERCISES[number]) == "held":
         unheld.discard(number)
         store.note("the exercises", "held", {"number": number})  # which is no order's id
-        player.say_part()  # Observe.
+        print(f"{observe}\n")
         await keyboard.ask("Enter goes on")
-        player.say_part()  # Explain.
+        print(f"{explain}\n")
     else:
         say("So there is nothing to explain yet: try it again.")
     await keyboard.ask("Enter goes to the menu")
