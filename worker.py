@@ -119,7 +119,7 @@ def client_config() -> dict[str, Any]:
     try:
         return dict(ClientConfig.load_client_connect_config())
     except (RuntimeError, ValueError, OSError) as error:
-        sys.exit(f"cannot read the Temporal configuration: {printable(error)}")
+        sys.exit(f"cannot read the Temporal configuration: {error}")
 
 
 async def connect() -> Client:
@@ -142,7 +142,7 @@ async def connect() -> Client:
 
 async def is_listening(address: str) -> bool:
     """Tell whether anything accepts connections there."""
-    host, _, port = address.rpartition(":")
+    host, _, port = address.replace("[", "").replace("]", "").rpartition(":")  # [::1]:7233
     with suppress(OSError):  # a timeout is one too
         async with asyncio.timeout(2):
             # Of the two addresses that localhost has, one may be silent, on Windows for 2 s.
@@ -179,7 +179,7 @@ class Stage:
         self.server: subprocess.Popen[bytes] | None = None  # None: others run both
         self.client: Client
         self.workers: list[subprocess.Popen[bytes]] = []
-        self.failed = 0
+        self.failed = 0  # workers that could not start, since the server did
 
     def server_command(self) -> list[str]:
         """Spell the server's command; the HTTP API stands 10 ports higher, as 7243 does."""
@@ -197,6 +197,7 @@ class Stage:
             while self.server.poll() is None:
                 with suppress(RuntimeError):
                     self.client = await Client.connect(self.address)
+                    self.failed = 0
                     return
                 await asyncio.sleep(0.02)
             errors.seek(0)
@@ -233,15 +234,15 @@ class Stage:
         """Start another worker for each that has died."""
         for worker in [worker for worker in self.workers if worker.poll() is not None]:
             # One that met no server, as it was just being restarted, ended with 1; so does one that
-            # can never start, which we do not repeat for ever.
+            # can never start, which we say after some 5 s.
             self.failed += worker.returncode in (1, 2)
-            if self.failed > 20:
+            if self.failed > 5:
                 sys.exit(f"no worker can start: {self.last_words()}")
             self.start_worker()
 
     def last_words(self) -> str:
         """Read the last line that our workers wrote."""
-        log = self.logs.read_text(encoding="utf-8", errors="replace") if self.logs else ""
+        log = self.logs.read_text(encoding="utf-8", errors="replace") if self.logs else "see above"
         return log.strip().rpartition("\n")[2]
 
     def close(self) -> None:
@@ -384,22 +385,23 @@ def run_script(main: Callable[[], int | None]) -> None:
         # What is wrong we say ourselves, not the SDK in log lines.
         warnings.filterwarnings("ignore", module="temporalio")
         Runtime.set_default(Runtime(telemetry=TelemetryConfig(logging=None)))
-        sys.exit(main())
+        code: Any = main()
     except SystemExit as stop:
-        if not isinstance(stop.code, str):
-            raise
-        print(fit(stop.code, sys.stderr), file=sys.stderr)
-        sys.exit(1)
+        code = stop.code
     except KeyboardInterrupt:
-        sys.exit(130)  # what a shell reports after Ctrl+C
+        code = 130  # what a shell reports after Ctrl+C
     except BrokenPipeError:  # the reader, `head` say, has seen enough
         os._exit(0)
     except sqlite3.Error as error:
-        sys.exit(printable(f"{store.store_path()}: {error}; name a writable file in CHARGE_STORE"))
+        code = f"{store.store_path()}: {error}; name a writable file in CHARGE_STORE"
     except RPCError as error:
-        sys.exit(f"the Temporal server refuses: {printable(error)}")
+        code = f"the Temporal server refuses: {error}"
     except OSError as error:  # a full disk behind the output, say
-        sys.exit(printable(f"cannot go on: {error}"))
+        code = f"cannot go on: {error}"
+    if isinstance(code, str):
+        print(fit(code, sys.stderr), file=sys.stderr)
+        code = 1
+    sys.exit(code)
 
 
 def main() -> None:
@@ -410,12 +412,10 @@ def main() -> None:
     role = parser.parse_args().role
     if role == "server":
         sys.exit(asyncio.run(run_server()))
-    level = os.environ.get("LOG_LEVEL", "INFO").upper()
-    form = "%(asctime)s %(message)s"
-    try:
-        logging.basicConfig(stream=sys.stdout, level=level, format=form, datefmt="%H:%M:%S")
-    except ValueError:
+    level, form = os.environ.get("LOG_LEVEL", "INFO").upper(), "%(asctime)s %(message)s"
+    if level not in logging.getLevelNamesMapping():
         parser.error(f"LOG_LEVEL {level}: must be DEBUG, INFO, WARNING or ERROR")
+    logging.basicConfig(stream=sys.stdout, level=level, format=form, datefmt="%H:%M:%S")
     # Failed attempts have a line of ours, to which the SDK would add a traceback each; what it
     # says about the workflow's code is kept.
     logging.getLogger("temporalio").setLevel(logging.WARNING)
@@ -428,7 +428,7 @@ def main() -> None:
     except asyncio.CancelledError:
         say(f"worker {os.getpid()} stopped")
     except ExceptionGroup as failed:
-        sys.exit(f"worker {os.getpid()} failed: {printable(failed.exceptions[0])}")
+        sys.exit(f"worker {os.getpid()} failed: {failed.exceptions[0]}")
 
 
 if __name__ == "__main__":
