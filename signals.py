@@ -417,7 +417,8 @@ def why(failure: Any) -> str:
     while failure.HasField("cause"):
         failure = failure.cause
     missed = failure.timeout_failure_info.timeout_type == TimeoutType.TIMEOUT_TYPE_HEARTBEAT
-    return str(failure.message) + (" (its worker fell silent)" if missed else "")
+    told = failure.message or failure.application_failure_info.type  # an `assert` says nothing
+    return str(told) + (" (its worker fell silent)" if missed else "")
 
 
 def timer_seconds(event: Event) -> float:
@@ -549,8 +550,9 @@ def ledger_bars(rows: list[dict[str, Any]], seen: list[Bar], until: float, now: 
     longest = START_TO_CLOSE.total_seconds()
     for n, row in enumerate(attempts):
         lane, end, ended = row["lane"], row["ts"] + row.get("seconds", 0), row.get("ended")
-        later = [a for a in attempts[n + 1 :] if a["type"] == row["type"]]
-        again = next((a["ts"] for a in later if a["attempt"] > row["attempt"]), 0)
+        # The step's next attempt, unless that is its first anew: after a reset, say.
+        later = next((a for a in attempts[n + 1 :] if a["type"] == row["type"]), row)
+        again = later["ts"] if later["attempt"] > row["attempt"] else 0
         gone = last_seen[lane] <= (again or row["ts"])  # nothing was seen of its worker after that
         if ended == "ok":  # and yet tried again, if the answer was lost with its worker
             mark = "X" if again and gone and lane not in died else "|"
@@ -627,7 +629,7 @@ def time_scale(bars: list[Bar], width: int) -> tuple[list[Bar], dict[float, int]
             # Where there is room; at the right edge a little to the left.
             column_of_tick = round((place + min(tick - begin, length)) * scale)
             at = min(column_of_tick, width - len(text))
-            if text not in clock and at > len(clock) + 1:
+            if f" {text}" not in clock and at > len(clock) + 1:
                 clock = clock.ljust(at) + text
             tick = (round(tick / step) + 1) * step
         place += length

@@ -47,7 +47,7 @@ from temporalio.worker import Replayer, UnsandboxedWorkflowRunner, Worker
 
 import charge_store as store
 from activities import FAULTS, ORDER_STEPS, RULES, STEPS, Order, charge, parse_order
-from signals import Event, Handle, code_failure, end_of, find_bars, lanes, read_events
+from signals import Event, Handle, code_failure, end_of, find_bars, lanes, read_events, why
 from starter import AS_IT_WAS, BUG, EXERCISES, NAMES, Player, Verdict, edited, sections, start
 from worker import (
     HERE,
@@ -1746,15 +1746,16 @@ worker 2                     charge =X""",
             row("dispatch_carrier", 4, 1, worker=4, ended="ok", seconds=1),
             CHARGING(6, 3, worker=3, ended="ok", seconds=3),
             row("dispatch_carrier", 6, 2, worker=2, ended="CancelledError: stop", seconds=2),
-            row("record_decision", 9, 1, worker=3, ended="ok", seconds=1),  # by another run
+            row("record_decision", 9, 1, worker=3, ended="ok", seconds=0.7),  # by another run
+            row("record_decision", 10, 2, worker=2, ended="ok", seconds=0),
         ],
         """               0 s            5 s         10 s
 Temporal
 worker 1       ======X charge
 worker 5          ===| record
-worker 2         charge ======x  ======/     -
+worker 2         charge ======x  ======/     |
 worker 4                   ===X dispatch
-worker 3                         charge ==|==|""",
+worker 3                         charge ==|=X""",
     ),
 }
 
@@ -1776,6 +1777,8 @@ def test_a_long_time_in_which_nothing_is_done_is_shortened_and_told(waits: list[
         assert max(map(len, [clock, temporal, *more])) <= columns
     bars = find_bars([ran(1, 0), ran(2, 11), END], [], 700)
     assert "~" not in "".join(lanes(bars))
+    clock = lanes(find_bars([ran(1, 0), ran(1, 150), ran(1, 300), END], [], 700))[0]
+    assert clock.endswith(" 5 min")  # which is not the end of 2.5 min
 
 
 def test_a_task_that_a_message_overtook_is_no_failure_of_the_code() -> None:
@@ -1784,6 +1787,8 @@ def test_a_task_that_a_message_overtook_is_no_failure_of_the_code() -> None:
         failed = event.workflow_task_failed_event_attributes
         failed.cause = enums.WorkflowTaskFailedCause.Value(f"WORKFLOW_TASK_FAILED_CAUSE_{cause}")
         failed.identity = "1@here"
+        failed.failure.application_failure_info.type = "AssertionError"  # which says nothing more
+        assert why(failed.failure) == "AssertionError"
         assert [bar.mark for bar in find_bars(read_events([event]), [], 0)] == marks
 
 
