@@ -26,7 +26,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, redirect_stderr, redirect_stdout, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
@@ -47,7 +47,7 @@ from temporalio.worker import Replayer, UnsandboxedWorkflowRunner, Worker
 
 import charge_store as store
 from activities import FAULTS, ORDER_STEPS, RULES, STEPS, Order, charge, parse_order
-from signals import Event, Handle, code_failure, end_of, find_bars, lanes, read_events, why
+from signals import Event, Handle, code_failure, end_of, find_bars, lanes, read_events, read_history
 from starter import AS_IT_WAS, BUG, EXERCISES, NAMES, Player, Verdict, edited, sections, start
 from worker import (
     HERE,
@@ -232,17 +232,6 @@ class Scenario:
         self.fields = {"max_attempts": 3} | fields
 
 
-@dataclass
-class Outcome:
-    """What came of a scenario."""
-
-    ended: str
-    status: dict[str, Any]
-    effects: dict[str, str]
-    events: list[dict[str, Any]]
-    history: Any
-
-
 completed = partial(Scenario, "COMPLETED", PAID)
 cancelled = partial(Scenario, "CANCELLED", REFUNDED)
 given_up = partial(Scenario, "OrderGivenUp", REFUNDED)
@@ -394,15 +383,16 @@ async def place(stage: Stage, message: str = "", *given: Any, **fields: Any) -> 
     return stage.client.get_workflow_handle(str(raw["order_id"]))  # of its newest run
 
 
-async def play(stage: Stage, scenario: Scenario) -> Outcome:
-    """Place a scenario's order, send its messages, and gather what came of it."""
+async def play(stage: Stage, scenario: Scenario) -> Handle:
+    """Place a scenario's order, send its messages, and see it end."""
     first = [message for when, *message in scenario.sends if when == "START"]
     handle = await place(stage, *(first[0] if first else ()), **scenario.fields)
     for when, name, *given in scenario.sends[len(first) :]:
         if when != "NOW":
             await reach(handle, when)
         await send(stage, handle, name, *given)
-    return await gather(handle)
+    await end_of(handle)
+    return handle
 
 
 async def send(stage: Stage, handle: Handle, name: str, *given: Any) -> None:
@@ -473,36 +463,25 @@ def ledger(order_id: str, what: str = "status") -> dict[str, Any]:
     return {row["kind"]: row[what] for row in rows}
 
 
-async def gather(handle: Handle) -> Outcome:
-    """Wait for an order's end and collect what it left."""
-    return Outcome(
-        await end_of(handle),
-        await status_of(handle),
-        ledger(handle.id),
-        store.events_of(handle.id),
-        await handle.fetch_history(),
-    )
-
-
 async def play_all(stage: Stage, names: list[str]) -> dict[str, Any]:
-    """Play scenarios side by side and keep what each gave; the longest first, the briefest last.
+    """Play scenarios side by side, the longest first, the briefest last: {name: order}.
 
     So few at once that a message comes within the 5 s in which its step is slow.
     """
     names = sorted(names, key=lambda name: -SCENARIOS[name].fields.get("deadline_seconds", 10))
     places = asyncio.Semaphore(20)
 
-    async def one(name: str) -> Outcome:
+    async def one(name: str) -> Handle:
         async with places:
             for _ in range(3):
-                outcome = await asyncio.wait_for(play(stage, SCENARIOS[name]), 2 * LONG)
-                if not was_late(SCENARIOS[name], outcome):
+                handle = await asyncio.wait_for(play(stage, SCENARIOS[name]), 2 * LONG)
+                if not await was_late(SCENARIOS[name], handle):
                     break
                 warnings.warn(f"{name}: a busy machine was late for its slow step", stacklevel=1)
-        return outcome
+        return handle
 
-    outcomes = await asyncio.gather(*map(one, names), return_exceptions=True)
-    return dict(zip(names, outcomes, strict=True))
+    orders = await asyncio.gather(*map(one, names), return_exceptions=True)
+    return dict(zip(names, orders, strict=True))
 
 
 @pytest.fixture(scope="session")
@@ -519,62 +498,63 @@ async def played(stage: Stage) -> dict[str, Any]:
     return ended | survived
 
 
-def was_late(scenario: Scenario, outcome: Outcome) -> bool:
+async def was_late(scenario: Scenario, handle: Handle) -> bool:
     """Tell whether a wrong end is but a busy machine's: what had to come in a slow step did not.
 
     The deadline came before that step, or the step was done before the order was stopped.
     """
     slow = {step for step in STEPS if scenario.fields.get(step) in ("slow", "late")}
-    ends = [event.get("ended") for event in outcome.events if event["type"] in slow]
-    missed = scenario.ends != "COMPLETED" and ends[-1:] == ["ok"]
-    right = (outcome.ended, outcome.effects) == (scenario.ends, scenario.effects)
-    return not right and (missed or not slow <= {event["type"] for event in outcome.events})
+    begun = [event for event in store.events_of(handle.id) if event["type"] in slow]
+    missed = scenario.ends != "COMPLETED" and begun and begun[-1].get("ended") == "ok"
+    right = (await end_of(handle), ledger(handle.id)) == (scenario.ends, scenario.effects)
+    return not right and bool(missed or slow - {event["type"] for event in begun})
 
 
-def check(scenario: Scenario, outcome: Outcome | BaseException) -> None:
-    """Compare what came of a scenario with what must come of it."""
-    if isinstance(outcome, BaseException):
-        raise outcome
-    assert (outcome.ended, outcome.effects) == (scenario.ends, scenario.effects)
-    state = outcome.ended if outcome.ended.isupper() else "FAILED"
-    assert outcome.status.items() >= (scenario.status | {"state": state}).items()
-    order_id = outcome.status["order_id"]
+async def check(scenario: Scenario, handle: Handle | BaseException) -> None:
+    """See an order's end, and compare what it left with what must come of it."""
+    if isinstance(handle, BaseException):
+        raise handle
+    order_id, ended = handle.id, await end_of(handle)
+    assert (ended, ledger(order_id)) == (scenario.ends, scenario.effects)
+    state = ended if ended.isupper() else "FAILED"
+    assert (await status_of(handle)).items() >= (scenario.status | {"state": state}).items()
     keys = {"charge": f"pay-{order_id}", "reservation": order_id, "dispatch": order_id}
     assert ledger(order_id, "idempotency_key").items() <= keys.items()
+    events = store.events_of(order_id)
     for step in STEPS:
         fault = scenario.fields.get(step, "")
         assert store.count(order_id, step) >= LEAST_ATTEMPTS.get(fault, 0), step
-        noted = any(event.get(step) == fault for event in outcome.events)  # it fires once
+        noted = any(event.get(step) == fault for event in events)  # it fires once
         assert noted == (fault in ("hang", "late", "crash-before", "crash-after")), step
     # Nothing comes after the outcome but the attempts at writing it down, and those of a child that
     # has not heard yet that it is cancelled: the tombstone refuses what it may still try.
     after = ("fault", "record_outcome", "prepare_package", "dispatch_carrier")
-    last = [event for event in outcome.events if event["type"] not in after][-1]
+    last = [event for event in events if event["type"] not in after][-1]
     assert (last["type"], last.get("state")) == ("outcome", state)
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_order_ends_as_told(name: str, played: dict[str, Any]) -> None:
-    check(SCENARIOS[name], played[name])
+    within(check(SCENARIOS[name], played[name]))
 
 
 def test_each_run_writes_its_decisions_and_its_outcome(played: dict[str, Any]) -> None:
     """Of the same words too."""
-    events = played["reset and cancelled, reset and expired, reset and approved"].events
-    told = [event["type"] for event in events]
-    assert (told.count("approve"), told.count("outcome")) == (2, 4)
+    order_id = played["reset and cancelled, reset and expired, reset and approved"].id
+    assert (store.count(order_id, "approve"), store.count(order_id, "outcome")) == (2, 4)
 
 
 def test_each_timer_is_called_what_it_is(played: dict[str, Any]) -> None:
     """The Web UI shows these names."""
-    events = read_events(played["a wait does not count"].history.events)
+    events = within(read_history(played["a wait does not count"]))
     timers = [event.name for event in events if event.kind == "TIMER_STARTED"]
     assert timers == ["Deadline", "Requested wait", "Review by timer", "Deadline"]
 
 
 def test_each_history_replays_and_each_prefix_of_some(played: dict[str, Any]) -> None:
     """As on a worker that remembers nothing, after each workflow task."""
-    histories = [end.history for end in played.values() if isinstance(end, Outcome)]
+    orders = [order for order in played.values() if not isinstance(order, Exception)]
+    histories = [within(order.fetch_history()) for order in orders]
     for history in histories:
         for event in history.events:
             # A Replayer takes the first run's id for that of a reset's.
@@ -582,7 +562,7 @@ def test_each_history_replays_and_each_prefix_of_some(played: dict[str, Any]) ->
                 started = history.events[0].workflow_execution_started_event_attributes
                 started.original_execution_run_id = run_id
     for name in ("approved", "prepare_package is down", "all messages, in time and too late"):
-        history = played[name].history
+        history = within(played[name].fetch_history())
         for i, event in enumerate(history.events, 1):
             if event.HasField("workflow_task_completed_event_attributes"):
                 histories.append(replace(history, events=history.events[:i]))
@@ -600,7 +580,7 @@ async def test_a_timeout_that_our_code_raises_undoes_the_order_too(stage: Stage)
     raises = "        raise TimeoutError\n"
     wing.code = changed_copy(wing.folder / "code", "workflows.py", BUG[1], raises)
     wing.start_worker()
-    check(Scenario("OrderGivenUp", UNPAID), await gather(await place(wing)))
+    await check(Scenario("OrderGivenUp", UNPAID), await place(wing))
 
 
 @side_by_side
@@ -656,9 +636,8 @@ async def test_a_stop_is_obeyed_that_comes_together_with_a_steps_answer(stage: S
         await send(wing, handle, way)
     await asyncio.sleep(5)
     async with deciding(), doing():
-        outcomes = [await gather(handle) for handle in (shipped, late, *stopped)]
+        ends = [(await end_of(order), ledger(order.id)) for order in (shipped, late, *stopped)]
     threads.shutdown()
-    ends = [(outcome.ended, outcome.effects) for outcome in outcomes]
     assert ends.pop(0) == ("CANCELLED", REFUNDED)
     assert ends == [("DeadlineExceeded", {}), ("CANCELLED", {}), ("CANCELLED", {})]
 
@@ -874,7 +853,7 @@ async def test_a_malformed_order_fails_at_once_and_leaves_no_trace(stage: Stage)
 
 def test_each_message_leaves_a_row_and_a_refused_address_its_reason(played: dict[str, Any]) -> None:
     """Of updates, which answer, exercise 7 and the floods tell."""
-    events = played["all messages, in time and too late"].events
+    events = store.events_of(played["all messages, in time and too late"].id)
     told = {
         (row["type"], row.get("note", row.get("address")), row.get("reason", row.get("counts")))
         for row in events
@@ -894,20 +873,21 @@ def test_each_message_leaves_a_row_and_a_refused_address_its_reason(played: dict
 
 def test_each_attempt_leaves_a_row_that_says_how_it_ended(played: dict[str, Any]) -> None:
     """Of the other steps LEAST_ATTEMPTS tells."""
-    events = played["all messages, in time and too late"].events
-    charges = [row for row in events if row["type"] == "charge_payment"]
+    order_id = played["all messages, in time and too late"].id
+    charges = store.events_of(order_id, "charge_payment")
     ends = [(r["attempt"], r["ended"].split(":")[0]) for r in charges if r["seconds"] >= 0]
     assert ends == [(1, "ConnectionError"), (2, "ConnectionError"), (3, "ok")]
-    [order] = [row for row in events if row["type"] == "receive_order"]
+    [order] = store.events_of(order_id, "receive_order")
     assert order.keys() >= RULES.keys() and order["simulate"]["charge_payment"] == "flaky"
 
 
 @side_by_side
 async def test_a_second_order_on_one_payment_id_leaves_the_first_its_charge(stage: Stage) -> None:
-    first = await gather(await place(stage, "approve", payment_id="pay-more"))
-    second = await gather(await place(stage, "approve", payment_id="pay-more"))
-    assert (first.ended, second.ended) == ("COMPLETED", "PaymentConflict")
-    assert second.effects == UNPAID and ledger(first.status["order_id"]) == PAID
+    for ended, left in ("COMPLETED", PAID), ("PaymentConflict", UNPAID):
+        order = await place(stage, "approve", payment_id="pay-more")
+        assert (await end_of(order), ledger(order.id)) == (ended, left)
+    [charge] = store.execute("SELECT * FROM charges WHERE idempotency_key = 'pay-more'")
+    assert (charge["status"], charge["requests"]) == ("charged", 2)
 
 
 @side_by_side
@@ -923,7 +903,7 @@ async def test_an_order_that_code_with_other_defaults_received_is_no_other(stage
     await send(wing, handle, "RESET WITH SIGNALS")
     await reach(handle, "SHIPPING")
     await send(wing, handle, "cancel")
-    check(cancelled(), await gather(handle))
+    await check(cancelled(), handle)
 
 
 @side_by_side
@@ -937,10 +917,9 @@ async def test_an_order_id_that_the_server_forgot_is_the_same_or_refused(stage: 
         ("approve", 5, "OrderConflict", 1),
     ):
         first = await place(stage, "approve")
-        check(completed(), await gather(first))
+        await check(completed(), first)
         again = await place(wing, message, order_id=first.id, amount_cents=amount)
-        outcome = await gather(again)
-        assert (outcome.ended, outcome.effects) == (ended, PAID)
+        assert (await end_of(again), ledger(first.id)) == (ended, PAID)
         assert ledger(first.id, "requests")["charge"] == requests
     await send(wing, again, "RESET WITH SIGNALS")
     assert await end_of(again) == "OrderConflict" and store.count(first.id, "outcome") == 1
@@ -958,13 +937,12 @@ async def flood(handle: Handle, times: int, kinds: list[tuple[str, str]]) -> Non
         await asyncio.gather(*(handle.signal(*kind) for kind in kinds))
 
 
-def check_flood(outcome: Outcome, sent: int) -> None:
+async def check_flood(handle: Handle, sent: int) -> None:
     """See an order ended by its first decision, with each message written down or counted."""
-    check(completed(status={"decision": "approved"}), outcome)
-    order_id = outcome.status["order_id"]
+    await check(completed(status={"decision": "approved"}), handle)
     sorts = ("approve", "reject", "update_address", "address_refused", "dispatch_failed")
-    [told] = store.events_of(order_id, "outcome")
-    assert len(store.events_of(order_id, *sorts)) + told.get("messages_not_kept", 0) == sent
+    [told] = store.events_of(handle.id, "outcome")
+    assert len(store.events_of(handle.id, *sorts)) + told.get("messages_not_kept", 0) == sent
 
 
 @side_by_side
@@ -976,7 +954,7 @@ async def test_an_order_outlives_the_messages_that_come_while_no_worker_lives(st
     wing.start_worker()
     # On two cores that do nothing else this takes a few seconds; 60 is what we promise.
     async with asyncio.timeout(2 * LONG):
-        check_flood(await gather(handle), 1 + 1 + 420 * 5)
+        await check_flood(handle, 1 + 1 + 420 * 5)
         assert await update == "4 New Street"  # by a handler that ran before run()'s first line
 
 
@@ -1004,9 +982,8 @@ async def test_an_order_outlives_messages_around_deaths_and_waits_no_10_s(stage:
     await reach(handle, "prepare_package")
     wing.kill_worker(wing.workers[0])
     wing.start_worker()
-    outcome = await gather(handle)
-    check_flood(outcome, 130 * 3 + 10 + 3 * 30 * 3 + 2)
-    events = read_events(outcome.history.events)
+    await check_flood(handle, 130 * 3 + 10 + 3 * 30 * 3 + 2)
+    events = await read_history(handle)
     # Ten were accepted and done. One that is refused leaves no event.
     assert sum(event.kind.startswith("UPDATE_") for event in events) == 20
     waits = [
@@ -1657,8 +1634,8 @@ CALM = ["approved", "prepare_package is down"]
 
 @pytest.mark.parametrize("name", [*CALM, *CRASHES])
 def test_each_attempt_is_a_bar_and_each_death_a_cross(name: str, played: dict[str, Any]) -> None:
-    rows = played[name].events
-    bars = find_bars(read_events(played[name].history.events), rows, time.time())
+    rows = store.events_of(played[name].id)
+    bars = find_bars(within(read_history(played[name])), rows, time.time())
     for columns in (79, 59):
         assert max(map(len, lanes(bars, columns))) <= columns
     bars = [bar for bar in bars if bar.lane != "Temporal" and bar.mark not in "-?"]
