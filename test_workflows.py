@@ -555,12 +555,6 @@ def test_each_history_replays_and_each_prefix_of_some(played: dict[str, Any]) ->
     """As on a worker that remembers nothing, after each workflow task."""
     orders = [order for order in played.values() if not isinstance(order, Exception)]
     histories = [within(order.fetch_history()) for order in orders]
-    for history in histories:
-        for event in history.events:
-            # A Replayer takes the first run's id for that of a reset's.
-            if run_id := event.workflow_task_failed_event_attributes.new_run_id:
-                started = history.events[0].workflow_execution_started_event_attributes
-                started.original_execution_run_id = run_id
     for name in ("approved", "prepare_package is down", "all messages, in time and too late"):
         history = within(played[name].fetch_history())
         for i, event in enumerate(history.events, 1):
