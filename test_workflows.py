@@ -1253,7 +1253,6 @@ SERVERS = sorted({m for line in TOLD for m in re.findall(r"\btemporal [^&|;#>]*"
 
 
 @pytest.mark.parametrize("line", OURS)
-@pytest.mark.filterwarnings("ignore:coroutine")  # that is never awaited
 def test_each_command_in_the_readme_is_understood_and_has_help(
     line: str, empty_store: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
