@@ -25,7 +25,7 @@ import uuid
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, closing, redirect_stderr, redirect_stdout, suppress
+from contextlib import closing, redirect_stderr, redirect_stdout, suppress
 from dataclasses import asdict, replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -56,6 +56,7 @@ from worker import (
     free_port,
     is_listening,
     private_stage,
+    start_apart,
     temporal_binary,
 )
 from workflows import ORDERS_QUEUE, SHIPPING_QUEUE, OrderWorkflow
@@ -1218,27 +1219,26 @@ async def test_who_leaves_at_any_moment_leaves_nothing_behind(stage: Stage) -> N
 @side_by_side
 async def test_the_server_command_is_the_server_and_keeps_its_data(stage: Stage) -> None:
     copy = apart(stage.folder / "server")
-    pipes: dict[str, Any] = {"cwd": copy, "stdout": subprocess.PIPE, "text": True}
     address = re.findall(r"localhost:\d+", (copy / "worker.py").read_text())[0]
-    port, words = int(address.partition(":")[2]), [sys.executable, "worker.py", "server"]
-    with socket.create_server(("127.0.0.1", port + 1000)):
+    with socket.create_server(("127.0.0.1", int(address.partition(":")[2]) + 1000)):
         nobody = run("starter.py", "order", code=copy, TEMPORAL_ADDRESS="")
         answers(nobody, 1, "cannot start a Temporal server")
     for known in (False, True):
-        with subprocess.Popen(words, **pipes) as server, ExitStack() as last:
-            last.callback(server.kill)  # or what fails here would wait for it for ever
-            await seen(is_listening, address)
-            if known:
-                answers(run("worker.py", "server", code=copy), 1, f"{address} is taken")
-            order = run("starter.py", "order", "kept", code=copy, TEMPORAL_ADDRESS=address)
-            answers(order, 0, "is running already" if known else "kept started")
-            if not known:
-                watch = Terminal(copy, "signals.py", "watch", "kept")
-            watch.talk("no worker answers")
-            server.kill()
-            watch.talk("no answer; the server keeps the order, so we wait for it")
-            told = server.communicate(timeout=LONG)[0]
-            assert f"kill it: kill -9 {server.pid}" in told
+        words = [sys.executable, "worker.py", "server"]
+        server = start_apart(words, cwd=copy, stdout=subprocess.PIPE)
+        stage.workers.append(server)  # it does not outlive the stage
+        await seen(is_listening, address)
+        if known:
+            answers(run("worker.py", "server", code=copy), 1, f"{address} is taken")
+        order = run("starter.py", "order", "kept", code=copy, TEMPORAL_ADDRESS=address)
+        answers(order, 0, "is running already" if known else "kept started")
+        if not known:
+            watch = Terminal(copy, "signals.py", "watch", "kept")
+        watch.talk("no worker answers")
+        server.kill()
+        watch.talk("no answer; the server keeps the order, so we wait for it")
+        told = server.communicate(timeout=LONG)[0].decode()
+        assert f"kill it: kill -9 {server.pid}" in told
     watch.process.send_signal(signal.SIGINT)
     assert watch.close() == 130
 
