@@ -1046,7 +1046,6 @@ def test_an_order_is_followed_to_its_end_and_then_it_is_too_late(stage: Stage) -
     answers(signals("status", "ship-done"), 0, "COMPLETED")
     answers(ledger_says("done"), 0, "requests 1, charged once")
     answers(starter("order", "bad", *QUICK, "--card-expiry", "12/20"), 1, "card expired 12/20")
-    answers(signals("watch", "bad"), 1, "bad FAILED")
     undone = ["order", "undone", "--review-seconds", "0", "--simulate", "release_inventory=down"]
     answers(starter(*undone), 0, "undone started")
     within(seen(store.count, "undone", "release_inventory"))
@@ -1081,9 +1080,6 @@ def test_the_same_charge_again_is_the_same_workflow_and_charged_once(stage: Stag
         charge = ["charge", "--customer-id=c", "--amount", amount, "--wait=0.1", "--wait-result"]
         answers(starter(*charge), 0, "charge-c-1230 charged")
     answers(ledger_says("charge-c-1230"), 0, "requests 2, charged once")
-    done = signals("status", "charge-c-1230")
-    answers(done, 0, "COMPLETED")
-    assert "RUNNING" not in done.stdout
     answers(signals("approve", "charge-c-1230"), 1, "is no order")
 
 
