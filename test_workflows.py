@@ -31,7 +31,7 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest.mock import AsyncMock, Mock
+from unittest.mock import AsyncMock, MagicMock, Mock
 
 import pytest
 from temporalio.api.common.v1 import Payload
@@ -1058,6 +1058,7 @@ def test_a_running_order_is_attached_to_and_what_others_typed_is_escaped(stage: 
     answers(starter(*order, "--address", RED), 0, "open started")
     answers(starter(*order), 0, "open is running already")
     answers(signals("status", "open"), 0, TYPED)
+    answers(signals("update-address", "open", " "), 1, "must be 1 to 200 characters")
     answers(signals("update-address", "open", "x" * 101), 0, "open: goes to")
     answers(signals("reject", "open", "--note", RED), 0, "reject sent")
     answers(signals("watch", "open"), 0, "open REJECTED")
@@ -1727,14 +1728,20 @@ def test_a_long_time_in_which_nothing_is_done_is_shortened_and_told(waits: list[
 
 
 def test_a_task_that_a_message_overtook_is_no_failure_of_the_code() -> None:
-    for cause, marks in (("UNHANDLED_COMMAND", []), ("NON_DETERMINISTIC_ERROR", ["?"])):
+    """Of a failure without words its type is told."""
+    for cause, marks, told in (
+        ("UNHANDLED_COMMAND", [], None),
+        ("NON_DETERMINISTIC_ERROR", ["?"], "AssertionError"),
+    ):
         event = HistoryEvent(event_type=enums.EventType.EVENT_TYPE_WORKFLOW_TASK_FAILED)
         failed = event.workflow_task_failed_event_attributes
         failed.cause = enums.WorkflowTaskFailedCause.Value(f"WORKFLOW_TASK_FAILED_CAUSE_{cause}")
         failed.identity = "1@here"
-        failed.failure.application_failure_info.type = "AssertionError"  # which says nothing more
-        assert why(failed.failure) == "AssertionError"
+        failed.failure.application_failure_info.type = "AssertionError"
         assert [bar.mark for bar in find_bars(read_events([event]), [], 0)] == marks
+        handle = MagicMock()
+        handle.fetch_history_events.return_value.__aiter__.return_value = [event]
+        assert within(code_failure(handle)) == told
 
 
 def test_a_narrow_terminal_gets_a_command_whole(monkeypatch: pytest.MonkeyPatch) -> None:
