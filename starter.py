@@ -646,6 +646,7 @@ class Player:
             return True
         if self.stage.server and hands:
             hands, typed = False, ""
+        # This Do., without what it says of three terminals where one is enough.
         elsewhere = r"\s*With\s+three\s+terminals:.*" if self.stage.server else "$"
         print(re.sub(elsewhere, "", self.parts.pop(0), flags=re.DOTALL))
         told = f"{'':10}{'Now' if hands else 'Enter to'} {what}"
